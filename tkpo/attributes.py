@@ -1,0 +1,154 @@
+"""Control attributes: their phrases, their axes and their flips, read from one YAML table.
+
+An *attribute* is what a prompt asks for (literary). An *axis* is a set of attributes that exclude one
+another (language style) with the *flip* of each: the attribute that takes its place in the flipped prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import yaml
+
+from tkpo.errors import TKPOError
+
+LANGUAGES = ("en", "zh")
+DEFAULT_TABLE = Path(__file__).parent / "configs" / "axes.yaml"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Attributes that exclude one another, with the prompt that asks for them.
+
+    name: e.g. "language_style".
+    flip: attribute → the attribute that replaces it in the flipped prompt.
+    phrases: attribute → language → the words that ask for it.
+    instructions: language → instruction with an `{attribute}` slot.
+    topics: language → input line with a `{topic}` slot.
+    """
+
+    name: str
+    flip: dict[str, str]
+    phrases: dict[str, dict[str, str]]
+    instructions: dict[str, str]
+    topics: dict[str, str]
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        return tuple(self.flip)
+
+    def instruction(self, attribute: str, lang: str) -> str:
+        """The instruction that asks for `attribute`; TKPOError if the axis has no such attribute or words."""
+        if attribute not in self.flip:
+            raise TKPOError(f"axis {self.name} has no attribute {attribute!r}; it has: {', '.join(self.flip)}")
+        if lang not in self.instructions or lang not in self.phrases[attribute]:
+            raise TKPOError(
+                f"attribute {attribute!r} has no phrase or instruction in language {lang!r}: add one to the axes table"
+            )
+        return self.instructions[lang].replace("{attribute}", self.phrases[attribute][lang])
+
+    def find(self, text: str) -> tuple[str, str] | None:
+        """(attribute, language) whose phrase stands first in `text`, or None. The longest phrase wins a tie.
+
+        English phrases match whole words in any case.
+        """
+        best = None
+        for attribute in self.flip:
+            for lang, phrase in self.phrases[attribute].items():
+                match = re.search(_phrase_pattern(phrase), text)
+                if match and (best is None or (match.start(), -len(phrase)) < best[0]):
+                    best = ((match.start(), -len(phrase)), (attribute, lang))
+        return best[1] if best else None
+
+    def flip_text(self, text: str) -> tuple[str, str, str]:
+        """Replace the first attribute phrase in `text` by its flip's.
+
+        Returns (flipped text, attribute, flipped attribute); TKPOError if no phrase is found.
+        """
+        found = self.find(text)
+        if not found:
+            known = ", ".join(p for a in self.flip for p in self.phrases[a].values())
+            raise TKPOError(f"no attribute phrase of axis {self.name} ({known}) in {text[:120]!r}")
+        attribute, lang = found
+        other = self.flip[attribute]
+        replacement = self.phrases[other][lang]
+        flipped = re.sub(_phrase_pattern(self.phrases[attribute][lang]), lambda _: replacement, text, count=1)
+        return flipped, attribute, other
+
+
+def _phrase_pattern(phrase: str) -> str:
+    escaped = re.escape(phrase)
+    return rf"(?i)\b{escaped}\b" if phrase.isascii() else escaped
+
+
+@lru_cache(maxsize=16)
+def load_axes(path: str | Path | None = None) -> dict[str, Axis]:
+    """Read the axes table at `path` (default: the one the package ships) → {name: Axis}.
+
+    Raises TKPOError that names the file and the entry when the table does not hold together.
+    """
+    path = Path(path or DEFAULT_TABLE)
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TKPOError(f"cannot read axes table {path}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise TKPOError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(table, dict) or not isinstance(table.get("axes"), dict):
+        raise TKPOError(f"{path}: an axes table needs the keys `attributes` and `axes` (see {DEFAULT_TABLE})")
+    default = {} if path == DEFAULT_TABLE else yaml.safe_load(DEFAULT_TABLE.read_text(encoding="utf-8"))
+    instructions = {**default.get("instruction", {}), **(table.get("instruction") or {})}
+    topics = {**default.get("topic", {}), **(table.get("topic") or {})}
+    phrases = {**default.get("attributes", {}), **(table.get("attributes") or {})}
+    for lang, text in instructions.items():
+        if text.count("{attribute}") != 1:
+            raise TKPOError(f"{path}: instruction {lang!r} must have the slot {{attribute}} exactly once")
+    for attribute, words in phrases.items():
+        if not isinstance(words, dict) or not words or not all(isinstance(w, str) for w in words.values()):
+            raise TKPOError(f"{path}: attribute {attribute!r} needs a phrase a language, e.g. {{en: casual}}")
+    axes = {}
+    for name, flip in table["axes"].items():
+        if not isinstance(flip, dict) or len(flip) < 2:
+            raise TKPOError(f"{path}: axis {name!r} needs at least two attributes with their flips")
+        for attribute, other in flip.items():
+            if attribute not in phrases:
+                raise TKPOError(f"{path}: axis {name!r}: attribute {attribute!r} has no entry in `attributes`")
+            if other not in flip or other == attribute:
+                raise TKPOError(
+                    f"{path}: axis {name!r}: {attribute!r} must flip to another attribute of the axis, not to {other!r}"
+                )
+            missing = set(phrases[attribute]) - set(phrases[other])
+            if missing:
+                raise TKPOError(
+                    f"{path}: {other!r} lacks a phrase in {', '.join(sorted(missing))}, which {attribute!r} has"
+                )
+        axes[name] = Axis(name, dict(flip), {a: phrases[a] for a in flip}, instructions, topics)
+    return axes
+
+
+def get_axis(name: str, path: str | Path | None = None) -> Axis:
+    """The axis called `name`; TKPOError that lists the axes there are."""
+    axes = load_axes(path)
+    if name not in axes:
+        raise TKPOError(f"no axis {name!r}; there are: {', '.join(axes)}")
+    return axes[name]
+
+
+def axis_of(attribute: str, path: str | Path | None = None) -> Axis:
+    """The first axis that has `attribute`; TKPOError that lists the attributes there are."""
+    axes = load_axes(path)
+    for axis in axes.values():
+        if attribute in axis.flip:
+            return axis
+    known = dict.fromkeys(a for axis in axes.values() for a in axis.flip)
+    raise TKPOError(f"no attribute {attribute!r}; there are: {', '.join(known)}")
+
+
+def detect_language(text: str) -> str:
+    """ "zh" if at least a fifth of the letters of `text` are Chinese characters, else "en"."""
+    letters = [c for c in text if c.isalpha()]
+    chinese = sum("\u4e00" <= c <= "\u9fff" or "\u3400" <= c <= "\u4dbf" for c in letters)
+    return "zh" if letters and chinese >= 0.2 * len(letters) else "en"

@@ -1,0 +1,305 @@
+"""The TKPO loss on tensors: no model, no tokenizer.
+
+Notation, as in the paper: p_t is the policy's next-token distribution at response position t, y_t the gold
+token, N_t the set of K reject tokens drawn from the distribution under the attribute-flipped prompt,
+
+    r_t = exp(p_t(y_t)/tau) / (exp(p_t(y_t)/tau) + sum_{v in N_t} exp(p_t(v)/tau))        list-wise Bradley-Terry
+    L   = L_CE + lambda * L_TKPO,   L_TKPO = -log(mean_t r_t)  or  -mean_t log r_t
+
+`preference_loss` and `draw_reject_tokens` are the plain form, on logits. `tkpo_loss` is what training runs:
+the same values from hidden states and the output head's weight, in chunks of response positions, so that a
+(batch, length, vocabulary) tensor never exists. Sums and softmax are in float32 (float64 for float64 input).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+REDUCTIONS = ("log_mean", "mean_log")
+SAMPLERS = ("multinomial", "gumbel", "topk", "uniform")
+CHUNK_SIZE = 128  # response positions whose logits exist at the same time
+
+
+# ---- plain form ----------------------------------------------------------------------------------------
+
+
+def preference_loss(
+    logits: Tensor, labels: Tensor, reject_tokens: Tensor, tau: float = 0.15, reduction: str = "log_mean"
+) -> Tensor:
+    """List-wise Bradley-Terry preference loss of each sequence, shape (B,).
+
+    logits: (B, T, V), `logits[:, t]` predicts `labels[:, t]`.
+    labels: (B, T) token ids, -100 outside the response.
+    reject_tokens: (B, T, K) token ids; what stands outside the response is not read.
+    tau: temperature that divides probabilities. reduction: "log_mean", -log((1/n) sum r_t), or "mean_log",
+    -(1/n) sum log r_t.
+    Raises ValueError for wrong shapes, an unknown reduction or a sequence without response tokens.
+    """
+    _check_reduction(reduction)
+    if logits.dim() != 3 or logits.shape[:2] != labels.shape or reject_tokens.shape[:2] != labels.shape:
+        raise ValueError(
+            f"expected logits (B, T, V), labels (B, T), reject_tokens (B, T, K); got {tuple(logits.shape)}, "
+            f"{tuple(labels.shape)}, {tuple(reject_tokens.shape)}"
+        )
+    mask = labels != IGNORE_INDEX
+    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"batch rows {empty} have no response token (every label is {IGNORE_INDEX})")
+    rows = mask.nonzero()[:, 0]
+    probs = logits[mask].to(_sum_dtype(logits.dtype)).softmax(dim=-1)
+    candidates = torch.cat([labels[mask].unsqueeze(-1), reject_tokens[mask]], dim=-1)
+    rewards = (probs.gather(-1, candidates) / tau).softmax(dim=-1)[:, 0]
+    return _reduce(rewards, rows, len(labels), reduction)
+
+
+def draw_reject_tokens(
+    flipped_logits: Tensor,
+    labels: Tensor,
+    num_rejects: int = 20,
+    sampler: str = "multinomial",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw K distinct reject tokens at every position, never the gold one. Returns (B, T, K) token ids.
+
+    flipped_logits: (B, T, V) under the flipped prompt, position by position beside `labels` (B, T).
+    sampler: "multinomial" draws without replacement from the softmax with the gold token removed; "gumbel" is
+    the same law by the Gumbel-top-k trick on logits; "topk" takes the K most likely; "uniform" ignores logits.
+    Raises ValueError for an unknown sampler, wrong shapes, or a vocabulary that has no K tokens beside the gold.
+    """
+    if flipped_logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"expected logits {(*labels.shape, 'V')} beside labels {tuple(labels.shape)}, "
+            f"got {tuple(flipped_logits.shape)}"
+        )
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; there are: {', '.join(SAMPLERS)}")
+    vocabulary = flipped_logits.shape[-1]
+    if not 1 <= num_rejects < vocabulary:
+        raise ValueError(
+            f"num_rejects is {num_rejects}: it must be at least 1 and below the vocabulary's size, {vocabulary}"
+        )
+    scores = flipped_logits.detach().to(_sum_dtype(flipped_logits.dtype), copy=True)
+    gold = labels.clamp_min(0).unsqueeze(-1)
+    if sampler == "uniform":
+        scores.zero_()
+    if sampler == "multinomial":
+        # Tokens that underflow to probability 0 stay drawable, should fewer than K others be left.
+        weights = scores.softmax(dim=-1).clamp_min_(1e-30).scatter_(-1, gold, 0.0)
+        drawn = torch.multinomial(weights.flatten(0, -2), num_rejects, replacement=False, generator=generator)
+        return drawn.view(*labels.shape, num_rejects)
+    if sampler in ("gumbel", "uniform"):
+        noise = torch.empty_like(scores).exponential_(generator=generator)
+        scores -= noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
+    return scores.scatter_(-1, gold, float("-inf")).topk(num_rejects, dim=-1).indices
+
+
+# ---- fused form ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class TKPOLoss:
+    """What `tkpo_loss` returns; every field is a scalar tensor, means over the sequences with a response.
+
+    loss: cross_entropy + preference_weight * preference, differentiable.
+    cross_entropy, preference: its two terms, detached.
+    reward: mean r_t over response positions. accuracy: share of response positions whose gold probability
+    beats every reject's. num_sequences: sequences that had a response.
+    """
+
+    loss: Tensor
+    cross_entropy: Tensor
+    preference: Tensor
+    reward: Tensor
+    accuracy: Tensor
+    num_sequences: Tensor
+
+
+def tkpo_loss(
+    hidden: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    reject_tokens: Tensor | None,
+    tau: float = 0.15,
+    reduction: str = "log_mean",
+    preference_weight: float = 0.5,
+    chunk_size: int = CHUNK_SIZE,
+    num_sequences: Tensor | float | None = None,
+) -> TKPOLoss:
+    """Cross-entropy plus preference loss from hidden states, without ever holding (B, T, V).
+
+    hidden: (B, T, H), last hidden states; `hidden[:, t]` predicts `labels[:, t]`.
+    labels: (B, T), -100 outside the response. weight: (V, H), the output head's weight, with or without grad.
+    reject_tokens: (N, K), as `fused_reject_tokens` draws them, for the N response positions in row-major order;
+    None (or preference_weight 0) leaves the preference term out: supervised fine-tuning.
+    num_sequences: what to divide the sum over sequences by; default the sequences here that have a response.
+    A sequence without response adds nothing; a batch of such gives 0 that is still connected to `hidden`.
+    Each sequence's cross-entropy is the mean over its response tokens.
+    """
+    _check_reduction(reduction)
+    if hidden.shape[:2] != labels.shape or hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"expected hidden (B, T, H), labels (B, T), weight (V, H); got {tuple(hidden.shape)}, "
+            f"{tuple(labels.shape)}, {tuple(weight.shape)}"
+        )
+    mask = labels != IGNORE_INDEX
+    rows = mask.nonzero()[:, 0]
+    with_preference = reject_tokens is not None and preference_weight != 0
+    gold = labels[mask].unsqueeze(-1)
+    if with_preference and reject_tokens.shape[:1] != rows.shape:
+        raise ValueError(
+            f"{len(rows)} response positions but reject tokens for {reject_tokens.shape[0]}: the flipped "
+            "sequences must hold the same responses"
+        )
+    candidates = torch.cat([gold, reject_tokens], dim=-1) if with_preference else gold
+    cross_entropy, rewards, wins = _TokenTerms.apply(hidden[mask], weight, candidates, tau, chunk_size)
+
+    present = mask.any(dim=1)
+    count = present.sum().clamp_min(1) if num_sequences is None else num_sequences
+    ce = _sequence_mean(cross_entropy, rows, len(labels)).sum() / count
+    zero = ce.new_zeros(())
+    loss, preference, reward, accuracy = ce, zero, zero, zero
+    if with_preference:
+        preference = _reduce(rewards, rows, len(labels), reduction).sum() / count
+        loss = ce + preference_weight * preference
+        if len(rows):
+            reward, accuracy = rewards.mean(), wins.mean()
+    if not len(rows):
+        loss = loss + hidden.sum() * 0
+    return TKPOLoss(loss, ce.detach(), preference.detach(), reward.detach(), accuracy.detach(), present.sum().detach())
+
+
+@torch.no_grad()
+def fused_reject_tokens(
+    flipped_hidden: Tensor,
+    flipped_labels: Tensor,
+    weight: Tensor,
+    num_rejects: int = 20,
+    sampler: str = "multinomial",
+    generator: torch.Generator | None = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> Tensor:
+    """`draw_reject_tokens` from hidden states (B, T, H) at response positions only: returns (N, K) token ids."""
+    mask = flipped_labels != IGNORE_INDEX
+    states, gold = flipped_hidden[mask], flipped_labels[mask]
+    drawn = [
+        draw_reject_tokens(
+            chunk @ weight.to(chunk.dtype).T,
+            gold[i * chunk_size : (i + 1) * chunk_size],
+            num_rejects,
+            sampler,
+            generator,
+        )
+        for i, chunk in enumerate(states.split(chunk_size))
+        if len(chunk)
+    ]
+    return torch.cat(drawn) if drawn else gold.new_empty(0, num_rejects)
+
+
+class _TokenTerms(torch.autograd.Function):
+    """Per position: cross-entropy, r_t, and whether the gold token beats every reject.
+
+    With z = W h, p = softmax(z), candidates v = (gold, rejects), s = softmax(p_v / tau), r = s_0:
+
+        d ce / d z = p - e_gold
+        d r  / d z = sum_v a_v (e_v - p),  a_v = p_v r ([v is gold] - s_v) / tau
+
+    so that both gradients in h need one dense product, u = W^T p, and K + 1 rows of W. With a frozen W (LoRA)
+    they are worked out in the forward pass, from the logits at hand: backward is two scalings. With a trained W
+    backward makes each chunk's logits again, and the gradient of W with them.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, candidates, tau, chunk_size):
+        head = weight.to(states.dtype)
+        frozen = states.requires_grad and not weight.requires_grad
+        accumulate = _sum_dtype(states.dtype)
+        count = len(states)
+        ce = torch.empty(count, dtype=accumulate, device=states.device)
+        reward, wins = torch.empty_like(ce), torch.empty_like(ce)
+        ce_grad, reward_grad = (torch.empty_like(states) if frozen else None for _ in range(2))
+        for start in range(0, count, chunk_size):
+            part = slice(start, start + chunk_size)
+            log_norm, probs, picked = _chunk_probs(states[part], head, candidates[part])
+            shares = (picked / tau).softmax(dim=-1)
+            reward[part] = shares[:, 0]
+            wins[part] = (picked[:, :1] > picked[:, 1:]).all(dim=-1).to(accumulate)
+            ce[part] = log_norm
+            if frozen:
+                rows = head[candidates[part]].to(accumulate)  # (n, K+1, H)
+                mean_row = (probs.to(states.dtype) @ head).to(accumulate)  # u
+                slopes = _reward_slopes(picked, shares, tau)
+                ce_grad[part] = (mean_row - rows[:, 0]).to(states.dtype)
+                mixed = torch.bmm(slopes.unsqueeze(1), rows).squeeze(1)
+                reward_grad[part] = (mixed - slopes.sum(-1, keepdim=True) * mean_row).to(states.dtype)
+        ctx.frozen, ctx.tau, ctx.chunk_size = frozen, tau, chunk_size
+        if frozen:
+            ctx.save_for_backward(ce_grad, reward_grad)
+        else:
+            ctx.save_for_backward(states, weight, candidates)
+        ctx.mark_non_differentiable(wins)
+        return ce, reward, wins
+
+    @staticmethod
+    def backward(ctx, ce_scale, reward_scale, _):
+        if ctx.frozen:
+            ce_grad, reward_grad = ctx.saved_tensors
+            scale = ce_scale.unsqueeze(-1).to(ce_grad.dtype), reward_scale.unsqueeze(-1).to(ce_grad.dtype)
+            return scale[0] * ce_grad + scale[1] * reward_grad, None, None, None, None
+        states, weight, candidates = ctx.saved_tensors
+        head = weight.to(states.dtype)
+        states_grad = torch.empty_like(states)
+        weight_grad = torch.zeros_like(weight, dtype=_sum_dtype(weight.dtype))
+        for start in range(0, len(states), ctx.chunk_size):
+            part = slice(start, start + ctx.chunk_size)
+            _, probs, picked = _chunk_probs(states[part], head, candidates[part])
+            slopes = _reward_slopes(picked, (picked / ctx.tau).softmax(dim=-1), ctx.tau)
+            slopes = slopes * reward_scale[part].unsqueeze(-1)
+            slopes[:, 0] -= ce_scale[part]  # the - e_gold of cross-entropy
+            logits_grad = probs.mul_(-slopes.sum(-1, keepdim=True)).scatter_add_(-1, candidates[part], slopes)
+            logits_grad = logits_grad.to(states.dtype)
+            states_grad[part] = logits_grad @ head
+            weight_grad += (logits_grad.T @ states[part]).to(weight_grad.dtype)
+        return states_grad, weight_grad.to(weight.dtype), None, None, None
+
+
+def _chunk_probs(states: Tensor, head: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(-log p(gold) (n,), probabilities (n, V), the candidates' probabilities (n, K+1))."""
+    logits = (states @ head.T).to(_sum_dtype(states.dtype))
+    gold = logits.gather(-1, candidates[:, :1]).squeeze(-1)
+    cross_entropy = logits.logsumexp(dim=-1) - gold
+    probs = logits.softmax(dim=-1)
+    return cross_entropy, probs, probs.gather(-1, candidates)
+
+
+def _reward_slopes(picked: Tensor, shares: Tensor, tau: float) -> Tensor:
+    """a_v of `_TokenTerms`: p_v dr/dp_v, (n, K+1)."""
+    slopes = -shares[:, :1] * shares
+    slopes[:, 0] += shares[:, 0]
+    return picked * slopes / tau
+
+
+def _reduce(rewards: Tensor, rows: Tensor, batch: int, reduction: str) -> Tensor:
+    """Sequence losses (B,) from r_t at response positions; 0 for a row that has none."""
+    if reduction == "mean_log":
+        return -_sequence_mean(rewards.log(), rows, batch)
+    means = _sequence_mean(rewards, rows, batch)
+    present = torch.zeros(batch, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)
+    return -torch.where(present, means, 1.0).log()
+
+
+def _sequence_mean(values: Tensor, rows: Tensor, batch: int) -> Tensor:
+    counts = torch.bincount(rows, minlength=batch).clamp_min(1).to(values.dtype)
+    return values.new_zeros(batch).index_add(0, rows, values) / counts
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}; there are: {', '.join(REDUCTIONS)}")
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

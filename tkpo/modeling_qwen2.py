@@ -1,0 +1,179 @@
+"""Qwen2 whose forward returns the TKPO loss in training.
+
+`TKPOQwen2ForCausalLM` is Qwen2ForCausalLM with another forward; `patch_qwen2` gives that forward to every
+Qwen2ForCausalLM of the running process and returns its undo. No file of transformers is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Qwen2ForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from tkpo.errors import TKPOError
+from tkpo.flip import PromptFlipper
+from tkpo.loss import CHUNK_SIZE, IGNORE_INDEX, REDUCTIONS, SAMPLERS, fused_reject_tokens, tkpo_loss
+
+NO_FLIP = "no_flip"
+
+
+@dataclass
+class TKPOSettings:
+    """Hyperparameters of the loss and the flip that makes it.
+
+    preference_weight: lambda; 0 is supervised fine-tuning and runs no flipped pass.
+    sampler: one of `tkpo.loss.SAMPLERS`, or "no_flip": drawn from the policy's own distribution (ablation).
+    flipper: needed when forward gets no flipped inputs.
+    """
+
+    preference_weight: float = 0.5
+    tau: float = 0.15
+    num_rejects: int = 20
+    sampler: str = "multinomial"
+    reduction: str = "log_mean"
+    chunk_size: int = CHUNK_SIZE
+    flipper: PromptFlipper | None = None
+
+    def __post_init__(self):
+        if self.sampler not in (*SAMPLERS, NO_FLIP):
+            raise TKPOError(f"unknown sampler {self.sampler!r}; there are: {', '.join((*SAMPLERS, NO_FLIP))}")
+        if self.reduction not in REDUCTIONS:
+            raise TKPOError(f"unknown reduction {self.reduction!r}; there are: {', '.join(REDUCTIONS)}")
+        if not self.tau > 0:
+            raise TKPOError(f"tau must be above 0, not {self.tau}")
+        if self.preference_weight < 0:
+            raise TKPOError(f"preference_weight (lambda) must not be negative, not {self.preference_weight}")
+        if self.num_rejects < 1:
+            raise TKPOError(f"num_rejects (K) must be at least 1, not {self.num_rejects}")
+
+
+@dataclass
+class TKPOOutput(CausalLMOutputWithPast):
+    """Scalars of `tkpo.loss.TKPOLoss` beside `loss`; `logits` stays None, it never exists as a whole."""
+
+    cross_entropy: Tensor | None = None
+    preference: Tensor | None = None
+    reward: Tensor | None = None
+    accuracy: Tensor | None = None
+    num_sequences: Tensor | None = None
+
+
+def _forward(
+    self,
+    plain_forward: Callable,
+    input_ids=None,
+    attention_mask=None,
+    *args,
+    labels=None,
+    flipped_input_ids=None,
+    flipped_attention_mask=None,
+    flipped_labels=None,
+    num_sequences=None,
+    **kwargs,
+):
+    """Qwen2's forward; with `labels` (B, T), in training or with flipped inputs, the TKPO loss instead.
+
+    labels, flipped_labels: as transformers has them, `labels[:, t]` is the token at `input_ids[:, t]`, -100
+    outside the response. flipped_*: (B, T'), may have another length and padding than the true inputs; the
+    i-th response token of a row matches the i-th of its flipped row. num_sequences: see `tkpo.loss.tkpo_loss`.
+    """
+    settings = self.tkpo
+    flipped = flipped_input_ids is not None
+    if labels is None or settings is None or not (self.training or flipped):
+        return plain_forward(self, input_ids, attention_mask, *args, labels=labels, **kwargs)
+    if input_ids is None or args or kwargs.get("past_key_values") is not None:
+        raise TKPOError("TKPO trains from input_ids and labels given by name, without past_key_values")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise TKPOError("TKPO needs a 2-D attention_mask; turn sequence packing (neat_packing) off")
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("use_cache", "logits_to_keep", "num_items_in_batch")}
+    weight = self.lm_head.weight
+    draw = (weight, settings.num_rejects)
+    rejects = None
+    if settings.preference_weight and settings.sampler != NO_FLIP:
+        if not flipped:
+            if settings.flipper is None:
+                raise TKPOError("no flipped inputs were given and no flipper is set: use patch_qwen2(tokenizer, axis)")
+            flipped_input_ids, flipped_attention_mask, flipped_labels = settings.flipper.flip_batch(
+                input_ids, labels, attention_mask
+            )
+        with torch.no_grad():
+            states = self.model(
+                input_ids=flipped_input_ids, attention_mask=flipped_attention_mask, use_cache=False
+            ).last_hidden_state
+        rejects = fused_reject_tokens(
+            states, _shift(flipped_labels), *draw, sampler=settings.sampler, chunk_size=settings.chunk_size
+        )
+    hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs).last_hidden_state
+    if settings.preference_weight and settings.sampler == NO_FLIP:
+        rejects = fused_reject_tokens(hidden.detach(), _shift(labels), *draw, chunk_size=settings.chunk_size)
+    result = tkpo_loss(
+        hidden,
+        _shift(labels),
+        weight,
+        rejects,
+        tau=settings.tau,
+        reduction=settings.reduction,
+        preference_weight=settings.preference_weight,
+        chunk_size=settings.chunk_size,
+        num_sequences=num_sequences,
+    )
+    return TKPOOutput(**vars(result))
+
+
+def _shift(labels: Tensor) -> Tensor:
+    """Labels aligned with the states that predict them; the last state predicts nothing."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+class TKPOQwen2ForCausalLM(Qwen2ForCausalLM):
+    """Qwen2 that trains with TKPO; set `model.tkpo = TKPOSettings(...)`.
+
+    In eval mode, without labels, or with `tkpo` None it is plain Qwen2.
+    """
+
+    tkpo: TKPOSettings | None = None
+    # The loss is a mean over sequences: trainers divide it by their accumulation steps themselves.
+    accepts_loss_kwargs = False
+
+    def forward(self, input_ids=None, attention_mask=None, *args, **kwargs):
+        return _forward(self, Qwen2ForCausalLM.forward, input_ids, attention_mask, *args, **kwargs)
+
+    @classmethod
+    def adopt(cls, model: Qwen2ForCausalLM, settings: TKPOSettings) -> TKPOQwen2ForCausalLM:
+        """Turn a loaded Qwen2ForCausalLM into this class, in place."""
+        if not isinstance(model, Qwen2ForCausalLM):
+            raise TKPOError(f"TKPO is written for Qwen2ForCausalLM, this model is {type(model).__name__}")
+        model.__class__ = cls
+        model.tkpo = settings
+        return model
+
+
+def patch_qwen2(settings: TKPOSettings) -> Callable[[], None]:
+    """Give every Qwen2ForCausalLM of this process the TKPO forward; returns the function that undoes it.
+
+    For trainers that only know `labels`, such as LLaMA-Factory's SFT stage: `settings.flipper` flips the
+    prompts inside forward. Patching twice is an error; undoing twice does nothing.
+    """
+    if "tkpo" in vars(Qwen2ForCausalLM):
+        raise TKPOError("Qwen2ForCausalLM is patched already: undo that patch first")
+    if settings.flipper is None and settings.preference_weight and settings.sampler != NO_FLIP:
+        raise TKPOError("patch_qwen2 needs settings with a flipper")
+    plain = Qwen2ForCausalLM.forward
+
+    def forward(self, input_ids=None, attention_mask=None, *args, **kwargs):
+        return _forward(self, plain, input_ids, attention_mask, *args, **kwargs)
+
+    Qwen2ForCausalLM.forward = forward
+    Qwen2ForCausalLM.tkpo = settings
+    Qwen2ForCausalLM.accepts_loss_kwargs = False
+
+    def undo() -> None:
+        if Qwen2ForCausalLM.forward is forward:
+            Qwen2ForCausalLM.forward = plain
+            del Qwen2ForCausalLM.tkpo, Qwen2ForCausalLM.accepts_loss_kwargs
+
+    return undo

@@ -1,0 +1,118 @@
+"""Read an outline's text into headings and sub-headings, and judge its level of detail."""
+
+import re
+from dataclasses import dataclass
+
+from tkpo.errors import TKPOError
+
+TOP = re.compile(r"([1-9][0-9]*)\. (\S.*\S|\S)")
+SUB = re.compile(r"   ([1-9][0-9]*)\.([1-9][0-9]*) (\S.*\S|\S)")
+# Marks that act as Markdown; "C#" and "snake_case" are plain text.
+MARKDOWN = re.compile(r"[*`]|(?<!\w)[#_]|_(?!\w)|\]\(")
+
+CONCISE_LENGTH = {"en": 6, "zh": 14}
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A parsed outline: `sub_headings[i]` are the sub-headings under `headings[i]`, often none."""
+
+    headings: tuple[str, ...]
+    sub_headings: tuple[tuple[str, ...], ...]
+
+    @property
+    def depth(self) -> int:
+        """Levels of headings: 2 where any heading has sub-headings, else 1."""
+        return 2 if any(self.sub_headings) else 1
+
+    @property
+    def n_headings(self) -> int:
+        """How many top-level headings."""
+        return len(self.headings)
+
+    @property
+    def n_sub_headings(self) -> int:
+        """How many sub-headings in all."""
+        return sum(map(len, self.sub_headings))
+
+
+def parse(text: str) -> Outline:
+    """Parse an outline in the corpus's format, strictly.
+
+    Headings are `1. Heading` at the left margin, sub-headings `   1.1 Sub-heading` (three spaces),
+    both numbered in order from 1. Nothing else may stand in it: no blank line, tab, Markdown, title line
+    or trailing colon. Only white space before and after the whole text is forgiven.
+
+    Raises:
+        ValueError: what is wrong with which line of `text` (counted from 1).
+    """
+    body = text.strip()
+    if not body:
+        raise ValueError("the outline is empty")
+    skipped = text[: len(text) - len(text.lstrip())].count("\n")
+    headings: list[str] = []
+    subs: list[list[str]] = []
+    for number, line in enumerate(body.split("\n"), skipped + 1):
+        where = f"line {number}, {line!r}"
+        if top := TOP.fullmatch(line):
+            heading, got, due = top[2], top[1], str(len(headings) + 1)
+            headings.append(heading)
+            subs.append([])
+        elif sub := SUB.fullmatch(line):  # never the first line: the body starts with a visible character
+            subs[-1].append(sub[3])
+            heading, got, due = sub[3], f"{sub[1]}.{sub[2]}", f"{len(headings)}.{len(subs[-1])}"
+        else:
+            raise ValueError(f"{where}: neither `1. Heading` nor `   1.1 Sub-heading`")
+        if got != due:
+            raise ValueError(f"{where}: number {got} where {due} was due")
+        if "\t" in heading or MARKDOWN.search(heading):
+            raise ValueError(f"{where}: a tab or Markdown in a plain-text outline")
+        if heading.endswith((":", "：")):
+            raise ValueError(f"{where}: a trailing colon")
+    return Outline(tuple(headings), tuple(map(tuple, subs)))
+
+
+def is_valid(text: str) -> bool:
+    """Whether `parse` accepts the text."""
+    try:
+        parse(text)
+    except ValueError:
+        return False
+    return True
+
+
+def check_lang(lang: str) -> None:
+    """TKPOError for a language other than "en" and "zh"."""
+    if lang not in CONCISE_LENGTH:
+        raise TKPOError(f"unknown language {lang!r}: outlines are in 'en' or 'zh'")
+
+
+def length(text: str, lang: str) -> int:
+    """Words of English text ("en"); characters other than white space of Chinese text ("zh")."""
+    check_lang(lang)
+    return len(text.split()) if lang == "en" else len(re.sub(r"\s", "", text))
+
+
+def obeys_detail(outline: Outline, attribute: str, lang: str) -> bool:
+    """Whether an outline has the number and size of headings that its attribute asks for.
+
+    The rules are the corpus's own (data card); top-level headings, sub-headings under each:
+    concise / 简洁关键 3-5, none, at most 6 English words or 14 Chinese characters a heading;
+    comprehensive / 详细全面 4-6, 2-3 each; objective / 真实客观 4-6, none; literary / 文学诗意 3-6, none.
+    An attribute that has no rule here (a user's own) asks for nothing: True.
+
+    Raises:
+        TKPOError: for a language other than "en" and "zh".
+    """
+    longest = max(length(heading, lang) for heading in outline.headings)
+    flat = outline.depth == 1
+    match attribute:
+        case "concise" | "简洁关键":
+            return 3 <= outline.n_headings <= 5 and flat and longest <= CONCISE_LENGTH[lang]
+        case "comprehensive" | "详细全面":
+            return 4 <= outline.n_headings <= 6 and all(2 <= len(s) <= 3 for s in outline.sub_headings)
+        case "objective" | "真实客观":
+            return 4 <= outline.n_headings <= 6 and flat
+        case "literary" | "文学诗意":
+            return 3 <= outline.n_headings <= 6 and flat
+    return True

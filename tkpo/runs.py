@@ -1,0 +1,462 @@
+"""One training run from a config to a folder: SFT, TKPO or DPO, an adapter or a whole model, resumable.
+
+The folder holds config.json, environment.json, log.jsonl, metrics.json, the checkpoints while it runs, and
+`model/`: the adapter (or model) itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from peft import LoraConfig, PeftModel
+from transformers import TrainerCallback, set_seed
+
+from tkpo.attributes import get_axis
+from tkpo.data import annotate, load_records, user_message
+from tkpo.errors import TKPOError
+from tkpo.presets import base_model_hash, default_dtype, load_model, load_tokenizer, resolve_model
+from tkpo.training import TKPOConfig, TKPOTrainer
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("sft", "tkpo", "dpo")
+LEARNING_RATES = {"sft": 2e-4, "tkpo": 2e-4, "dpo": 1e-5}  # for adapters, where the config gives none
+RESUMABLE = ("epochs", "save_steps", "eval_steps", "output")  # may differ when a run is resumed
+
+
+@dataclass
+class RunConfig:
+    """What a run is; every field is a flag of `tkpo train` and a key of its YAML file."""
+
+    method: str = field(default="tkpo", metadata={"help": "sft, tkpo or dpo"})
+    dataset: str = field(default="language_style", metadata={"help": "name in dataset_info.json, or a JSON file"})
+    model: str = field(default="qwen2.5-coder-0.5b", metadata={"help": "preset, local folder or hub id"})
+    output: str | None = field(default=None, metadata={"help": "folder of the run; default runs/METHOD-DATASET-SEED"})
+    axis: str | None = field(default=None, metadata={"help": "axis of the flip; default: the data set's name"})
+    axes_file: str | None = field(default=None, metadata={"help": "YAML table of attributes and axes of your own"})
+    data_dir: str | None = field(default=None, metadata={"help": "folder with dataset_info.json; default data"})
+    lang: str | None = field(default=None, metadata={"help": "en or zh; default both"})
+    max_samples: int | None = field(default=None, metadata={"help": "train on so many samples, chosen by hash"})
+    sft_adapter: str | None = field(default=None, metadata={"help": "dpo: the run or adapter it continues"})
+
+    finetuning: str = field(default="lora", metadata={"help": "lora or full"})
+    lora_rank: int = field(default=16, metadata={"help": "rank of the adapter"})
+    lora_alpha: int = field(default=32, metadata={"help": "scale of the adapter"})
+
+    epochs: float = field(default=1.0, metadata={"help": "passes over the samples"})
+    batch_size: int = field(default=8, metadata={"help": "samples (dpo: pairs) an optimizer step"})
+    micro_batch_size: int = field(default=1, metadata={"help": "samples a forward pass"})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "peak; default 2e-4 for sft and tkpo, 1e-5 for dpo; full: a tenth of that"}
+    )
+    scheduler: str = field(default="cosine", metadata={"help": "learning rate schedule"})
+    warmup: float = field(default=0.05, metadata={"help": "share of the steps that warms up"})
+    max_length: int = field(default=1024, metadata={"help": "tokens at which a sample is cut"})
+    seed: int = field(default=0, metadata={"help": "seed of order, adapter and draws"})
+    dtype: str = field(default="auto", metadata={"help": "of the base model: auto, float32, bfloat16, float16"})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: what there is"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
+    deepspeed: str | None = field(default=None, metadata={"help": "DeepSpeed configuration file"})
+
+    preference_weight: float = field(default=0.5, metadata={"help": "tkpo: lambda"})
+    tau: float = field(default=0.15, metadata={"help": "tkpo: temperature"})
+    num_rejects: int = field(default=20, metadata={"help": "tkpo: K"})
+    sampler: str = field(default="multinomial", metadata={"help": "tkpo: multinomial, gumbel, topk, uniform, no_flip"})
+    reduction: str = field(default="log_mean", metadata={"help": "tkpo: log_mean or mean_log"})
+    beta: float = field(default=0.1, metadata={"help": "dpo: beta"})
+
+    save_steps: int = field(default=20, metadata={"help": "optimizer steps between checkpoints"})
+    eval_steps: int = field(default=0, metadata={"help": "sft, tkpo: steps between validations; 0: none"})
+
+    def __post_init__(self):
+        for name, choices in (("method", METHODS), ("finetuning", ("lora", "full"))):
+            if getattr(self, name) not in choices:
+                raise TKPOError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        for name in ("epochs", "batch_size", "micro_batch_size", "max_length", "save_steps", "lora_rank"):
+            if not getattr(self, name) > 0:
+                raise TKPOError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.batch_size % self.micro_batch_size:
+            raise TKPOError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
+        if self.method == "dpo" and not self.sft_adapter and self.finetuning == "lora":
+            raise TKPOError("dpo continues an SFT adapter: give --sft-adapter RUN_FOLDER (train one with --method sft)")
+        if self.output is None:
+            self.output = f"runs/{self.method}-{Path(self.dataset).stem}-{self.seed}"
+        if self.axis is None:
+            self.axis = Path(self.dataset).stem
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATES[self.method] / (10 if self.finetuning == "full" else 1)
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, **overrides) -> RunConfig:
+        """From a YAML file and overrides; TKPOError names an unknown key or a value of the wrong type."""
+        values = {}
+        if path:
+            try:
+                values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            except (OSError, yaml.YAMLError) as error:
+                raise TKPOError(f"cannot read run configuration {path}: {error}") from error
+            if not isinstance(values, dict):
+                raise TKPOError(f"{path}: expected keys and values")
+        values.update(overrides)
+        types = {f.name: f.type for f in dataclasses.fields(cls)}
+        for key, value in values.items():
+            where = f"{path}: " if path and key not in overrides else ""
+            if key not in types:
+                raise TKPOError(f"{where}unknown key {key!r}; there are: {', '.join(types)}")
+            values[key] = _typed(key, value, types[key], where)
+        return cls(**values)
+
+
+def _typed(key: str, value, annotation: str, where: str):
+    """`value` as the field's type; YAML reads 2e-4 as text, which float() understands."""
+    kind = annotation.split(" | ")[0]
+    if value is None:
+        if "None" in annotation:
+            return None
+    elif kind == "bool":
+        if isinstance(value, bool):
+            return value
+    else:
+        try:
+            if not isinstance(value, bool):
+                return {"str": str, "int": _whole, "float": float}[kind](value)
+        except ValueError:
+            pass
+    raise TKPOError(f"{where}{key} must be {kind}, not {value!r}")
+
+
+def _whole(value) -> int:
+    if float(value) != int(float(value)):
+        raise ValueError
+    return int(float(value))
+
+
+# ---- the run -------------------------------------------------------------------------------------------
+
+
+def run(config: RunConfig, resume: bool = True) -> dict:
+    """Train as `config` says and return the metrics. A finished run is not trained again.
+
+    resume: go on from the folder's last complete checkpoint; False starts over and deletes what is there.
+    TKPOError if the folder holds a run with another config.
+    """
+    out = Path(config.output)
+    main_process = int(os.environ.get("RANK", 0)) == 0
+    if not resume and main_process and (out / "config.json").exists():
+        shutil.rmtree(out)
+    _check_same_run(config, out)
+    if (out / "metrics.json").exists():
+        logger.warning("%s is finished already; --restart trains it again", out)
+        return json.loads((out / "metrics.json").read_text())
+    out.mkdir(parents=True, exist_ok=True)
+    records = _training_records(config)
+    if main_process:
+        _write_json(out / "config.json", asdict(config))
+        _write_json(out / "environment.json", environment())
+
+    set_seed(config.seed)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = config.dtype
+    if config.finetuning == "full" and dtype == "auto" and default_dtype(device) != torch.bfloat16:
+        dtype = "float32"  # full fine-tuning needs master weights where there is no bfloat16
+    model, tokenizer = load_model(config.model, dtype), load_tokenizer(config.model)
+    base_hash = base_model_hash(resolve_model(config.model))
+    trainer = (_dpo_trainer if config.method == "dpo" else _tkpo_trainer)(config, model, tokenizer, records, device)
+    trainer.add_callback(_LogFile(out / "log.jsonl"))
+    started = time.perf_counter()
+    result = trainer.train(resume_from_checkpoint=last_checkpoint(out))
+    seconds = time.perf_counter() - started
+
+    _save(trainer, tokenizer, out / "model", config, base_hash)
+    metrics = {
+        **{key: result.metrics[key] for key in ("train_loss", "epoch") if key in result.metrics},
+        "seconds": round(seconds, 3),
+        "steps": trainer.state.global_step,
+        "samples": len(records),
+        "seconds_a_step": round(seconds / max(1, trainer.state.global_step), 4),
+        "peak_memory_mib": peak_memory_mib(),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+    }
+    if main_process:
+        _write_json(out / "metrics.json", metrics)
+        for checkpoint in out.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    return metrics
+
+
+def _check_same_run(config: RunConfig, out: Path) -> None:
+    path = out / "config.json"
+    if not path.exists():
+        return
+    old, new = json.loads(path.read_text()), asdict(config)
+    changed = [k for k in new if k not in RESUMABLE and old.get(k) != new[k]]
+    if changed:
+        what = ", ".join(f"{k} {old.get(k)!r} → {new[k]!r}" for k in changed)
+        raise TKPOError(f"{out} holds another run ({what}): choose another --output, or --restart to replace it")
+
+
+def _training_records(config: RunConfig, split: str = "train") -> list[dict]:
+    axis = get_axis(config.axis, config.axes_file)
+    pairs = config.method == "dpo"
+    records = load_records(config.dataset, split, config.lang, pairs, config.data_dir)
+    records = annotate(records, axis)
+    if config.max_samples and config.max_samples < len(records):
+        records = sorted(records, key=_sample_order)[: config.max_samples]
+    return records
+
+
+def _sample_order(record: dict) -> bytes:
+    """A fixed shuffle, the same for a data set and its pairs, so that every method sees the same samples."""
+    return hashlib.sha256(f"{record['id']}/{record['attribute']}/{record['form']}".encode()).digest()
+
+
+def _common_arguments(config: RunConfig, count: int, device: str) -> dict:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    per_step = config.micro_batch_size * world
+    if config.batch_size % per_step:
+        raise TKPOError(
+            f"batch_size {config.batch_size} cannot be shared by {world} processes of micro_batch_size "
+            f"{config.micro_batch_size}: make it a multiple of {per_step}"
+        )
+    steps = math.ceil(count / config.batch_size) * config.epochs
+    return {
+        "output_dir": config.output,
+        "num_train_epochs": config.epochs,
+        "per_device_train_batch_size": config.micro_batch_size,
+        "gradient_accumulation_steps": config.batch_size // per_step,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.scheduler,
+        "warmup_steps": round(config.warmup * steps),
+        "max_grad_norm": 1.0,
+        "logging_steps": 1,
+        "save_steps": config.save_steps,
+        "save_total_limit": 2,
+        "seed": config.seed,
+        "use_cpu": device == "cpu",
+        "bf16": False,
+        "fp16": False,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "deepspeed": config.deepspeed,
+        "report_to": "none",
+        "dataloader_pin_memory": device != "cpu",
+        "max_length": config.max_length,
+    }
+
+
+def _lora(config: RunConfig) -> LoraConfig | None:
+    if config.finetuning == "full":
+        return None
+    return LoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def _tkpo_trainer(config: RunConfig, model, tokenizer, records, device: str) -> TKPOTrainer:
+    names = ("tau", "num_rejects", "sampler", "reduction")
+    weight = config.preference_weight if config.method == "tkpo" else 0.0
+    validation = _training_records(config, "validation") if config.eval_steps else None
+    args = TKPOConfig(
+        **_common_arguments(config, len(records), device),
+        axis=config.axis,
+        axes_file=config.axes_file,
+        preference_weight=weight,
+        **{name: getattr(config, name) for name in names},
+        **({"eval_strategy": "steps", "eval_steps": config.eval_steps} if config.eval_steps else {}),
+    )
+    return TKPOTrainer(model, args, records, validation, processing_class=tokenizer, peft_config=_lora(config))
+
+
+def _dpo_trainer(config: RunConfig, model, tokenizer, records, device: str):
+    """TRL's DPOTrainer, continuing the SFT adapter against a frozen copy of it."""
+    from datasets import Dataset
+
+    DPOConfig, DPOTrainer = import_dpo()
+    rows = []
+    for record in records:
+        messages = [{"role": "user", "content": user_message(record)}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        rows.append({"prompt": prompt, "chosen": record["chosen"], "rejected": record["rejected"]})
+    if not hasattr(model, "warnings_issued"):
+        model.warnings_issued = {}  # transformers 5 dropped it, TRL 0.24 writes to it
+    wanted = {
+        **_common_arguments(config, len(records), device),
+        "beta": config.beta,
+        "max_prompt_length": None,
+        "use_logits_to_keep": True,
+    }
+    if config.finetuning == "lora":
+        adapter = adapter_folder(config.sft_adapter)
+        check_base(adapter, config.model)
+        model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        model.load_adapter(str(adapter), adapter_name="reference")
+        wanted |= {"model_adapter_name": "default", "ref_adapter_name": "reference"}
+    known = {f.name for f in dataclasses.fields(DPOConfig)}  # newer TRL has fewer knobs and these defaults
+    if "ref_adapter_name" not in known and config.finetuning == "lora":
+        model.delete_adapter("reference")  # newer TRL makes the frozen copy itself
+    args = DPOConfig(**{key: value for key, value in wanted.items() if key in known})
+    return DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+
+
+def import_dpo() -> tuple[type, type]:
+    """TRL's DPOConfig and DPOTrainer.
+
+    TRL 0.24 asks transformers which optional packages there are and takes the answer for a bool; transformers 5
+    answers (False, None), which is true, so that TRL then imports packages nobody has installed.
+    """
+    import_utils = importlib.import_module("trl.import_utils")
+    for name, value in vars(import_utils).items():
+        if name.endswith("_available") and isinstance(value, tuple):
+            setattr(import_utils, name, value[0])
+    from trl import DPOConfig, DPOTrainer
+
+    return DPOConfig, DPOTrainer
+
+
+def last_checkpoint(out: Path) -> str | None:
+    """The newest checkpoint that was written to its end, or None."""
+    complete = [p for p in out.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
+    newest = max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
+    return str(newest) if newest else None
+
+
+class _LogFile(TrainerCallback):
+    """Appends what the trainer logs to a JSON Lines file; a resumed run drops the lines it will write again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and self.path.exists():
+            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+            kept = [line for line in lines if line["step"] <= state.global_step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            line = {"step": state.global_step, "time": round(time.time(), 3), **logs}
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+# ---- adapters ------------------------------------------------------------------------------------------
+
+
+def _save(trainer, tokenizer, folder: Path, config: RunConfig, base_hash: str) -> None:
+    if config.finetuning == "full":
+        trainer.save_model(str(folder))
+        tokenizer.save_pretrained(folder)
+        return
+    if int(os.environ.get("RANK", 0)):
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.save_pretrained(folder, selected_adapters=["default"])
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card, with paths of this machine in it
+    path = folder / "adapter_config.json"
+    adapter_config = json.loads(path.read_text())
+    adapter_config["base_model_name_or_path"] = config.model
+    _write_json(path, adapter_config)
+    _write_json(
+        folder / "tkpo.json",
+        {
+            "base_model": config.model,
+            "base_model_sha256": base_hash,
+            "method": config.method,
+            "dataset": config.dataset,
+            "axis": config.axis,
+        },
+    )
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The folder with adapter_config.json: `path`, or `path`/model of a run. TKPOError if neither is one."""
+    for folder in (Path(path), Path(path) / "model"):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    raise TKPOError(f"no adapter in {path}: expected adapter_config.json there or in its folder model/")
+
+
+def check_base(adapter: Path, model: str) -> None:
+    """Warn if the adapter was trained on other base weights than `model`'s; nothing is said where it has no record."""
+    path = adapter / "tkpo.json"
+    if not path.exists():
+        return
+    made = json.loads(path.read_text())
+    found = base_model_hash(resolve_model(model))
+    if made["base_model_sha256"] != found:
+        logger.warning(
+            "adapter %s was trained on %s with weights %s…, but %s here has weights %s…: expect other outlines",
+            *(adapter, made["base_model"], made["base_model_sha256"][:12], model, found[:12]),
+        )
+
+
+# ---- records of a run ----------------------------------------------------------------------------------
+
+
+def environment() -> dict:
+    """Versions, machine and code revision, for the run's record."""
+    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpus": gpus,
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "revision": _revision(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def peak_memory_mib() -> float:
+    """Peak GPU memory where there is a GPU, else the process's peak resident memory."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+
+
+def _write_json(path: Path, value) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
