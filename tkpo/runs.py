@@ -20,11 +20,10 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import yaml
 from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback, set_seed
 
@@ -32,120 +31,12 @@ from tkpo.attributes import get_axis
 from tkpo.data import annotate, load_records, user_message
 from tkpo.errors import TKPOError
 from tkpo.presets import base_model_hash, default_dtype, load_model, load_tokenizer, resolve_model
+from tkpo.run_config import RunConfig
 from tkpo.training import TKPOConfig, TKPOTrainer
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("sft", "tkpo", "dpo")
-LEARNING_RATES = {"sft": 2e-4, "tkpo": 2e-4, "dpo": 1e-5}  # for adapters, where the config gives none
 RESUMABLE = ("epochs", "save_steps", "eval_steps", "output")  # may differ when a run is resumed
-
-
-@dataclass
-class RunConfig:
-    """What a run is; every field is a flag of `tkpo train` and a key of its YAML file."""
-
-    method: str = field(default="tkpo", metadata={"help": "sft, tkpo or dpo"})
-    dataset: str = field(default="language_style", metadata={"help": "name in dataset_info.json, or a JSON file"})
-    model: str = field(default="qwen2.5-coder-0.5b", metadata={"help": "preset, local folder or hub id"})
-    output: str | None = field(default=None, metadata={"help": "folder of the run; default runs/METHOD-DATASET-SEED"})
-    axis: str | None = field(default=None, metadata={"help": "axis of the flip; default: the data set's name"})
-    axes_file: str | None = field(default=None, metadata={"help": "YAML table of attributes and axes of your own"})
-    data_dir: str | None = field(default=None, metadata={"help": "folder with dataset_info.json; default data"})
-    lang: str | None = field(default=None, metadata={"help": "en or zh; default both"})
-    max_samples: int | None = field(default=None, metadata={"help": "train on so many samples, chosen by hash"})
-    sft_adapter: str | None = field(default=None, metadata={"help": "dpo: the run or adapter it continues"})
-
-    finetuning: str = field(default="lora", metadata={"help": "lora or full"})
-    lora_rank: int = field(default=16, metadata={"help": "rank of the adapter"})
-    lora_alpha: int = field(default=32, metadata={"help": "scale of the adapter"})
-
-    epochs: float = field(default=1.0, metadata={"help": "passes over the samples"})
-    batch_size: int = field(default=8, metadata={"help": "samples (dpo: pairs) an optimizer step"})
-    micro_batch_size: int = field(default=1, metadata={"help": "samples a forward pass"})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "peak; default 2e-4 for sft and tkpo, 1e-5 for dpo; full: a tenth of that"}
-    )
-    scheduler: str = field(default="cosine", metadata={"help": "learning rate schedule"})
-    warmup: float = field(default=0.05, metadata={"help": "share of the steps that warms up"})
-    max_length: int = field(default=1024, metadata={"help": "tokens at which a sample is cut"})
-    seed: int = field(default=0, metadata={"help": "seed of order, adapter and draws"})
-    dtype: str = field(default="auto", metadata={"help": "of the base model: auto, float32, bfloat16, float16"})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: what there is"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
-    deepspeed: str | None = field(default=None, metadata={"help": "DeepSpeed configuration file"})
-
-    preference_weight: float = field(default=0.5, metadata={"help": "tkpo: lambda"})
-    tau: float = field(default=0.15, metadata={"help": "tkpo: temperature"})
-    num_rejects: int = field(default=20, metadata={"help": "tkpo: K"})
-    sampler: str = field(default="multinomial", metadata={"help": "tkpo: multinomial, gumbel, topk, uniform, no_flip"})
-    reduction: str = field(default="log_mean", metadata={"help": "tkpo: log_mean or mean_log"})
-    beta: float = field(default=0.1, metadata={"help": "dpo: beta"})
-
-    save_steps: int = field(default=20, metadata={"help": "optimizer steps between checkpoints"})
-    eval_steps: int = field(default=0, metadata={"help": "sft, tkpo: steps between validations; 0: none"})
-
-    def __post_init__(self):
-        for name, choices in (("method", METHODS), ("finetuning", ("lora", "full"))):
-            if getattr(self, name) not in choices:
-                raise TKPOError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
-        for name in ("epochs", "batch_size", "micro_batch_size", "max_length", "save_steps", "lora_rank"):
-            if not getattr(self, name) > 0:
-                raise TKPOError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.batch_size % self.micro_batch_size:
-            raise TKPOError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
-        if self.method == "dpo" and not self.sft_adapter and self.finetuning == "lora":
-            raise TKPOError("dpo continues an SFT adapter: give --sft-adapter RUN_FOLDER (train one with --method sft)")
-        if self.output is None:
-            self.output = f"runs/{self.method}-{Path(self.dataset).stem}-{self.seed}"
-        if self.axis is None:
-            self.axis = Path(self.dataset).stem
-        if self.learning_rate is None:
-            self.learning_rate = LEARNING_RATES[self.method] / (10 if self.finetuning == "full" else 1)
-
-    @classmethod
-    def load(cls, path: str | Path | None = None, **overrides) -> RunConfig:
-        """From a YAML file and overrides; TKPOError names an unknown key or a value of the wrong type."""
-        values = {}
-        if path:
-            try:
-                values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-            except (OSError, yaml.YAMLError) as error:
-                raise TKPOError(f"cannot read run configuration {path}: {error}") from error
-            if not isinstance(values, dict):
-                raise TKPOError(f"{path}: expected keys and values")
-        values.update(overrides)
-        types = {f.name: f.type for f in dataclasses.fields(cls)}
-        for key, value in values.items():
-            where = f"{path}: " if path and key not in overrides else ""
-            if key not in types:
-                raise TKPOError(f"{where}unknown key {key!r}; there are: {', '.join(types)}")
-            values[key] = _typed(key, value, types[key], where)
-        return cls(**values)
-
-
-def _typed(key: str, value, annotation: str, where: str):
-    """`value` as the field's type; YAML reads 2e-4 as text, which float() understands."""
-    kind = annotation.split(" | ")[0]
-    if value is None:
-        if "None" in annotation:
-            return None
-    elif kind == "bool":
-        if isinstance(value, bool):
-            return value
-    else:
-        try:
-            if not isinstance(value, bool):
-                return {"str": str, "int": _whole, "float": float}[kind](value)
-        except ValueError:
-            pass
-    raise TKPOError(f"{where}{key} must be {kind}, not {value!r}")
-
-
-def _whole(value) -> int:
-    if float(value) != int(float(value)):
-        raise ValueError
-    return int(float(value))
 
 
 # ---- the run -------------------------------------------------------------------------------------------
@@ -218,11 +109,11 @@ def _training_records(config: RunConfig, split: str = "train") -> list[dict]:
     records = load_records(config.dataset, split, config.lang, pairs, config.data_dir)
     records = annotate(records, axis)
     if config.max_samples and config.max_samples < len(records):
-        records = sorted(records, key=_sample_order)[: config.max_samples]
+        records = sorted(records, key=sample_order)[: config.max_samples]
     return records
 
 
-def _sample_order(record: dict) -> bytes:
+def sample_order(record: dict) -> bytes:
     """A fixed shuffle, the same for a data set and its pairs, so that every method sees the same samples."""
     return hashlib.sha256(f"{record['id']}/{record['attribute']}/{record['form']}".encode()).digest()
 
@@ -306,6 +197,7 @@ def _dpo_trainer(config: RunConfig, model, tokenizer, records, device: str):
         check_base(adapter, config.model)
         model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
         model.load_adapter(str(adapter), adapter_name="reference")
+        model.set_adapter("default")  # loading a frozen adapter froze this one too
         wanted |= {"model_adapter_name": "default", "ref_adapter_name": "reference"}
     known = {f.name for f in dataclasses.fields(DPOConfig)}  # newer TRL has fewer knobs and these defaults
     if "ref_adapter_name" not in known and config.finetuning == "lora":

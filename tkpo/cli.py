@@ -1,0 +1,301 @@
+"""The command line: `tkpo train`, `tkpo generate`, `tkpo evaluate`, `tkpo data`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from tkpo import __version__
+from tkpo.errors import TKPOError
+
+EPILOG = """examples:
+  tkpo generate --topic "How coral reefs bleach and recover" --style literary
+  tkpo train --method sft  --dataset language_style
+  tkpo train --method dpo  --dataset language_style --sft-adapter runs/sft-language_style-0
+  tkpo train my-run.yaml --seed 1
+  tkpo evaluate --adapter runs/tkpo-language_style-0 --dataset language_style --output scores.json
+  tkpo data check my-records.json
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit status: 0, 1 (data check found faults), 2 (bad input), 130 (interrupted)."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+    try:
+        return args.run(args) or 0
+    except TKPOError as error:
+        print(f"tkpo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tkpo: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tkpo",
+        description="Token-level preference self-alignment: outlines of an article in the style you ask for.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"tkpo {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_data(commands)
+    return parser
+
+
+# ---- generate ------------------------------------------------------------------------------------------
+
+
+def _add_generate(commands) -> None:
+    p = commands.add_parser(
+        "generate",
+        help="write outlines of a topic or article, by SFT, DPO and TKPO side by side",
+        description="Write outlines of a topic (and article) in one style, by several adapters in one batched pass.",
+    )
+    p.add_argument("--topic", help="what the outline is about; needed unless --article is given")
+    p.add_argument("--article", metavar="FILE", help="text file with the article; - reads standard input")
+    p.add_argument("--style", required=True, help="literary, objective, comprehensive, concise, or one of your axes")
+    p.add_argument("--lang", choices=("en", "zh"), help="default: the language of topic and article")
+    p.add_argument(
+        "--adapters",
+        nargs="+",
+        metavar="NAME[=FOLDER]",
+        help="default: sft dpo tkpo as shipped, for the style's axis; NAME=FOLDER for your own; base: no adapter",
+    )
+    p.add_argument("--axis", help="which axis's adapters to use for a style that is in two; default the first")
+    _model_flags(p)
+    p.add_argument("--max-new-tokens", type=int, default=384, metavar="N", help="default 384")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="for a temperature above 0; default 0")
+    p.add_argument("--json", action="store_true", help="print one JSON object {adapter: outline}")
+    p.set_defaults(run=_generate)
+
+
+def _generate(args) -> None:
+    from tkpo.attributes import axis_of, get_axis
+    from tkpo.data import make_record
+
+    article = _read_article(args.article) if args.article else None
+    topic = (args.topic or "").strip()
+    if not topic and not article:
+        raise TKPOError("give --topic, --article or both: there is nothing to outline")
+    if not topic:
+        topic = article.strip().splitlines()[0][:80]
+    if args.temperature < 0 or args.max_new_tokens < 1:
+        raise TKPOError("--temperature must not be negative and --max-new-tokens must be at least 1")
+    axis = get_axis(args.axis, args.axes) if args.axis else axis_of(args.style, args.axes)
+    record = make_record(axis, args.style, topic, article, args.lang)
+    folders = _adapters(args.adapters or ["sft", "dpo", "tkpo"], axis.name)
+
+    from tkpo.generation import BASE, OutlineGenerator
+
+    real = {name: folder for name, folder in folders.items() if name != BASE}
+    generator = OutlineGenerator(args.model, real, args.dtype, args.device)
+    names = list(folders)
+    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
+    stream = generator.stream([record] * len(names), names, **options)
+    if args.json:
+        *_, texts = stream
+        print(json.dumps(dict(zip(names, texts, strict=True)), ensure_ascii=False, indent=2))
+    else:
+        _show(names, stream)
+
+
+def _read_article(path: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise TKPOError(f"cannot read article {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise TKPOError(f"article {path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    if not text.strip():
+        raise TKPOError(f"article {path} is empty")
+    return text.strip()
+
+
+def shipped_adapter(axis: str, method: str) -> Path:
+    """The adapter that comes with the project, under paper/checkpoints here or beside the package."""
+    places = [root / "paper" / "checkpoints" / axis / method for root in (Path(), Path(__file__).parent.parent)]
+    for place in places:
+        if (place / "adapter_config.json").is_file():
+            return place
+    raise TKPOError(
+        f"no shipped adapter {method!r} for {axis}: looked in {' and '.join(map(str, places))}. Run in the project's "
+        f"folder, or give your own: --adapters {method}=FOLDER"
+    )
+
+
+def _adapters(given: list[str], axis: str) -> dict[str, Path | None]:
+    """name → folder; None for the base model."""
+    folders: dict[str, Path | None] = {}
+    for entry in given:
+        name, _, folder = entry.partition("=")
+        folders[name] = None if name == "base" else Path(folder) if folder else shipped_adapter(axis, name)
+    return folders
+
+
+def _show(names: list[str], stream) -> None:
+    """Columns that grow on a terminal; elsewhere every outline below its name, once it is whole."""
+    if sys.stdout.isatty():
+        from rich.columns import Columns
+        from rich.live import Live
+        from rich.panel import Panel
+        from rich.text import Text
+
+        def columns(texts):
+            panels = [Panel(Text(t), title=n.upper()) for n, t in zip(names, texts, strict=True)]
+            return Columns(panels, equal=True, expand=True)
+
+        with Live(columns([""] * len(names)), refresh_per_second=8) as live:
+            for texts in stream:
+                live.update(columns(texts))
+        return
+    *_, texts = stream
+    for name, text in zip(names, texts, strict=True):
+        print(f"── {name.upper()} " + "─" * max(3, 60 - len(name)) + f"\n{text}\n", flush=True)
+
+
+# ---- train ---------------------------------------------------------------------------------------------
+
+
+def _add_train(commands) -> None:
+    from tkpo.run_config import RunConfig
+
+    p = commands.add_parser(
+        "train",
+        help="train with SFT, TKPO or DPO, from flags or a YAML file",
+        description="Train an adapter or a whole model. Flags go over the YAML file's keys, which have the same names. "
+        "A run that was interrupted goes on from its last checkpoint when the same command is given again.",
+    )
+    p.add_argument("config", nargs="?", help="YAML file with the keys below (with _ for -)")
+    p.add_argument("--restart", action="store_true", help="delete what the run's folder holds and begin anew")
+    for f in dataclasses.fields(RunConfig):
+        flag = "--" + f.name.replace("_", "-")
+        default = "" if f.default is None else f" (default {f.default})"
+        if f.type == "bool":
+            p.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=f.metadata["help"])
+        else:
+            p.add_argument(flag, metavar=f.type.split(" | ")[0].upper(), help=f.metadata["help"] + default)
+    p.set_defaults(run=_train)
+
+
+def _train(args) -> None:
+    from tkpo.run_config import RunConfig
+    from tkpo.runs import run
+
+    names = [f.name for f in dataclasses.fields(RunConfig)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = RunConfig.load(args.config, **given)
+    metrics = run(config, resume=not args.restart)
+    print(f"{config.output}: {json.dumps(metrics)}")
+
+
+# ---- evaluate ------------------------------------------------------------------------------------------
+
+
+def _add_evaluate(commands) -> None:
+    p = commands.add_parser(
+        "evaluate",
+        help="predict a test file and score it",
+        description="Greedy outlines for a data set's test file, with ROUGE-1/2/L, BLEU-4, control accuracy and "
+        "structure validity, English and Chinese apart, written with the predictions as one JSON. Chinese text "
+        "follows LLaMA-Factory's prediction protocol (jieba, rouge-chinese, character BLEU-4), English rouge-score "
+        "with stemming and word BLEU-4, both with nltk's smoothing method 3.",
+    )
+    p.add_argument("--adapter", required=True, help="run or adapter folder; base: the model without an adapter")
+    p.add_argument("--dataset", default="language_style", help="name in dataset_info.json or a JSON file")
+    p.add_argument("--output", required=True, metavar="FILE", help="JSON file to write")
+    p.add_argument("--axis", help="default: the data set's name")
+    p.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    p.add_argument("--lang", choices=("en", "zh"), help="default: both")
+    p.add_argument("--limit", type=int, metavar="N", help="so many samples a language, chosen by hash")
+    p.add_argument("--data-dir", help="folder with dataset_info.json; default data")
+    _model_flags(p)
+    p.add_argument("--batch-size", type=int, default=8, metavar="N", help="default 8")
+    p.add_argument("--max-new-tokens", type=int, default=384, metavar="N", help="default 384")
+    p.set_defaults(run=_evaluate)
+
+
+def _evaluate(args) -> None:
+    from tkpo.evaluation import evaluate
+    from tkpo.generation import BASE, OutlineGenerator
+
+    if args.batch_size < 1 or args.max_new_tokens < 1 or (args.limit is not None and args.limit < 1):
+        raise TKPOError("--batch-size, --max-new-tokens and --limit must be at least 1")
+    adapters = {} if args.adapter == BASE else {"adapter": args.adapter}
+    generator = OutlineGenerator(args.model, adapters, args.dtype, args.device)
+    names = ("dataset", "axis", "split", "lang", "limit", "data_dir", "batch_size", "max_new_tokens")
+    options = {name: getattr(args, name) for name in names}
+    adapter = next(iter(adapters), BASE)
+    result = evaluate(generator, adapter, args.output, **options, axes_file=args.axes, adapter_source=args.adapter)
+    print(score_table(result["scores"]))
+
+
+def score_table(scores: dict) -> str:
+    """Scores of each language as aligned text."""
+    names = {"n": "samples", "rouge-1": "R-1", "rouge-2": "R-2", "rouge-l": "R-L", "bleu-4": "BLEU-4"}
+    names |= {"control_accuracy": "control", "structure_valid": "valid", "obeys_detail": "level"}
+    lines = ["".join(f"{title:>9}" for title in ("", *names.values()))]
+    for lang, values in scores.items():
+        cells = (f"{values[key]:.0f}" if key == "n" else f"{values[key]:.2f}" for key in names)
+        lines.append("".join(f"{cell:>9}" for cell in (lang, *cells)))
+    return "\n".join(lines)
+
+
+# ---- data ----------------------------------------------------------------------------------------------
+
+
+def _add_data(commands) -> None:
+    p = commands.add_parser("data", help="build and check data sets")
+    actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
+    build = actions.add_parser("build", help="write the data sets of every axis from a corpus")
+    build.add_argument("--corpus", default="data/corpus", help="folder with *.jsonl; default data/corpus")
+    build.add_argument("--out", default="data", help="folder to write; default data")
+    build.add_argument("--axes", help="YAML table of attributes and axes of your own")
+    build.set_defaults(run=_data_build)
+    check = actions.add_parser("check", help="say what is wrong with corpus, Alpaca, pairwise or dataset_info files")
+    check.add_argument("paths", nargs="+", metavar="PATH", help="file, or folder whose .json and .jsonl are read")
+    check.set_defaults(run=_data_check)
+
+
+def _data_build(args) -> None:
+    from tkpo.data import build
+
+    for name, count in build(args.corpus, args.out, args.axes).items():
+        print(f"{count:6d}  {Path(args.out) / name}")
+
+
+def _data_check(args) -> int:
+    from tkpo.data import check
+
+    count, faults = check(args.paths)
+    for fault in faults:
+        print(fault)
+    print(f"{count} records, {len(faults)} faults")
+    return 1 if faults else 0
+
+
+def _model_flags(p) -> None:
+    p.add_argument("--axes", metavar="FILE", help="YAML table of attributes and axes of your own")
+    p.add_argument("--model", default="qwen2.5-coder-0.5b", help="preset, folder or hub id the adapters belong to")
+    p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    p.add_argument("--device", help="cpu or cuda; default: what there is")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
