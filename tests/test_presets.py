@@ -147,7 +147,7 @@ def test_two_processes_may_build_at_once(cache):
         subprocess.Popen([sys.executable, "-c", code], env=env, cwd=cache, stdout=-1, stderr=-1, text=True)
         for _ in range(2)
     ]
-    answers = [run.communicate(timeout=120) for run in runs]
+    answers = [run.communicate(timeout=500) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], answers
     assert answers[0][0] == answers[1][0]
     assert len(answers[0][0].strip()) == 64

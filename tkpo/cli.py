@@ -1,4 +1,4 @@
-"""The command line: `tkpo train`, `tkpo generate`, `tkpo evaluate`, `tkpo data`."""
+"""The command line: `tkpo generate`, `train`, `evaluate`, `data`, `fetch`."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_data(commands)
+    _add_fetch(commands)
     return parser
 
 
@@ -288,6 +289,22 @@ def _data_check(args) -> int:
         print(fault)
     print(f"{count} records, {len(faults)} faults")
     return 1 if faults else 0
+
+
+# ---- fetch ---------------------------------------------------------------------------------------------
+
+
+def _add_fetch(commands) -> None:
+    p = commands.add_parser("fetch", help="get base models ready, so that other commands start at once")
+    p.add_argument("models", nargs="+", metavar="MODEL", help="preset (tiny, small, qwen2.5-coder-0.5b, …) or hub id")
+    p.set_defaults(run=_fetch)
+
+
+def _fetch(args) -> None:
+    from tkpo.presets import resolve_model
+
+    for model in args.models:
+        print(f"{model}: {resolve_model(model)}")
 
 
 def _model_flags(p) -> None:

@@ -30,8 +30,8 @@ class RunConfig:
     sft_adapter: str | None = field(default=None, metadata={"help": "dpo: the run or adapter it continues"})
 
     finetuning: str = field(default="lora", metadata={"help": "lora or full"})
-    lora_rank: int = field(default=16, metadata={"help": "rank of the adapter"})
-    lora_alpha: int = field(default=32, metadata={"help": "scale of the adapter"})
+    lora_rank: int = field(default=8, metadata={"help": "rank of the adapter"})
+    lora_alpha: int = field(default=16, metadata={"help": "scale of the adapter"})
 
     epochs: float = field(default=1.0, metadata={"help": "passes over the samples"})
     batch_size: int = field(default=8, metadata={"help": "samples (dpo: pairs) an optimizer step"})

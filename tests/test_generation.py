@@ -1,0 +1,158 @@
+"""Generation on the tiny preset with adapters made here; oracles are transformers' own generate and merged weights."""
+
+import itertools
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tkpo.attributes import get_axis
+from tkpo.data import make_record, user_message
+from tkpo.errors import TKPOError
+from tkpo.generation import LOOP_GUARD, OutlineGenerator
+from tkpo.presets import load_model, load_tokenizer
+
+AXIS = get_axis("language_style")
+
+
+def random_adapter(folder, seed):
+    """A LoRA adapter whose weights are far enough from zero to change what is written."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(load_model("tiny", "float32", "cpu"), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    return {name: random_adapter(root / name, seed) for seed, name in enumerate(("one", "two"))}
+
+
+@pytest.fixture(scope="module")
+def generator(adapters):
+    return OutlineGenerator("tiny", adapters, "float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def records():
+    return [make_record(AXIS, "literary", "Salt"), make_record(AXIS, "objective", "A much longer topic, 和中文")]
+
+
+def reference(record, adapter=None, tokens=24):
+    """Greedy text of one record alone, by a merged model and transformers' generate, without our loop guard."""
+    from peft import PeftModel
+
+    model, tokenizer = load_model("tiny", "float32", "cpu"), load_tokenizer("tiny")
+    if adapter:
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    chat = [{"role": "user", "content": user_message(record)}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    batch = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    out = model.generate(**batch, max_new_tokens=tokens, do_sample=False, no_repeat_ngram_size=0)
+    return out[0, batch["input_ids"].shape[1] :].tolist()
+
+
+def test_a_batch_of_mixed_adapters_writes_what_each_writes_alone(generator, adapters, records, monkeypatch):
+    monkeypatch.setattr("tkpo.generation.LOOP_GUARD", 1000)
+    names = ["one", "two", "base", "one"]
+    rows = [records[0], records[0], records[1], records[1]]
+    texts = generator.generate(rows, names, max_new_tokens=24)
+    for text, name, record in zip(texts, names, rows, strict=True):
+        expected = generator.tokenizer.decode(reference(record, adapters.get(name)), skip_special_tokens=True)
+        assert text == expected.strip()
+    assert len({texts[0], texts[1]}) == 2, "the adapters should differ, or this test shows nothing"
+
+
+def test_one_adapter_alone_takes_the_quick_way_to_the_same_text(generator, records):
+    mixed = generator.generate([records[0]] * 2, ["two", "one"], max_new_tokens=16)[0]
+    assert generator.generate([records[0]], "two", max_new_tokens=16) == [mixed]
+    assert generator.generate([records[0]], ["two"], max_new_tokens=16) == [mixed]
+
+
+def test_the_stream_grows_and_ends_with_the_whole(generator, records):
+    steps = list(generator.stream(records, "one", max_new_tokens=12))
+    assert len(steps) == 13  # one a token, and the whole
+    for before, after in itertools.pairwise(steps[:-1]):
+        assert all(b.startswith(a.rstrip("\ufffd")) for a, b in zip(before, after, strict=True))
+    assert steps[-1] == generator.generate(records, "one", max_new_tokens=12)
+
+
+def test_no_run_of_tokens_repeats_within_an_outline(generator, records):
+    text = generator.generate([records[0]], "base", max_new_tokens=200)[0]
+    plain = reference(records[0], tokens=200)
+    grams = lambda ids: [tuple(ids[i : i + LOOP_GUARD]) for i in range(len(ids) - LOOP_GUARD + 1)]  # noqa: E731
+    assert len(set(grams(plain))) < len(grams(plain)), "unguarded, the random model should loop"
+    # Text and ids are one to one for the byte tokenizer only where the bytes are valid UTF-8: ask the model itself.
+    from transformers import NoRepeatNGramLogitsProcessor
+
+    from tkpo.generation import _LoopGuard
+
+    guard, oracle = _LoopGuard(3), NoRepeatNGramLogitsProcessor(LOOP_GUARD)
+    ids = torch.randint(0, 2, (2, 60))
+    scores = torch.zeros(2, 259)
+    assert torch.equal(guard(ids, scores.clone()), oracle(ids[:, 3:], scores.clone()))
+    assert text
+
+
+def test_sampling_follows_the_seed(generator, records):
+    options = {"max_new_tokens": 16, "temperature": 1.5}
+    first = generator.generate(records, "one", seed=1, **options)
+    assert generator.generate(records, "one", seed=1, **options) == first
+    assert generator.generate(records, "one", seed=2, **options) != first
+
+
+def test_closing_a_stream_frees_the_model(generator, records):
+    stream = generator.stream(records, "one", max_new_tokens=2000)
+    next(stream)
+    stream.close()
+    assert not generator._lock.locked()
+    assert generator.generate(records, "one", max_new_tokens=2)
+
+
+def test_should_stop_ends_with_what_is_there(generator, records):
+    calls = iter([False] * 4 + [True] * 10)
+    steps = list(generator.stream(records, "one", max_new_tokens=2000, should_stop=lambda: next(calls)))
+    assert len(steps) == 6  # five tokens, and the whole
+
+
+def test_it_stops_at_the_end_of_turn_token(generator, records, monkeypatch):
+    class EndAfterThree(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.steps = 0
+
+        def forward(self, input_ids, scores):
+            self.steps += 1
+            scores = torch.full_like(scores, -1e9)
+            scores[:, generator.tokenizer.eos_token_id if self.steps == 4 else 70] = 0
+            return scores
+
+    monkeypatch.setattr("tkpo.generation._LoopGuard", lambda length: EndAfterThree())
+    assert generator.generate([records[0]], "base", max_new_tokens=50) == [generator.tokenizer.decode([70] * 3)]
+
+
+def test_an_overlong_article_is_cut_with_a_warning(generator, caplog, monkeypatch):
+    monkeypatch.setattr("tkpo.generation.MAX_PROMPT_TOKENS", 400)
+    record = make_record(AXIS, "literary", "Salt", "word " * 400, "en")
+    ids = generator.prompt_ids(record)
+    assert 300 < len(ids) <= 400
+    assert "were cut" in caplog.text
+    text = generator.tokenizer.decode(ids)
+    assert "Requirement: literary." in text and text.endswith("<|im_start|>assistant\n")
+
+
+def test_errors_name_what_there_is(generator, records, tmp_path, adapters):
+    with pytest.raises(TKPOError, match="no adapter three; there are: one, two, base"):
+        generator.generate(records, "three")
+    with pytest.raises(TKPOError, match="2 records but 1 adapter names"):
+        generator.generate(records, ["one"])
+    with pytest.raises(TKPOError, match="no adapter in"):
+        OutlineGenerator("tiny", {"x": tmp_path}, "float32", "cpu")
+    with pytest.raises(TKPOError, match="cannot be called 'base'"):
+        OutlineGenerator("tiny", {"base": adapters["one"]}, "float32", "cpu")
+    assert generator.generate([], "one") == []
