@@ -56,7 +56,7 @@ def test_unknown_names_list_what_there_is():
         get_axis("mood")
     with pytest.raises(TKPOError, match="literary, objective, comprehensive, concise"):
         axis_of("casual")
-    with pytest.raises(TKPOError, match="'concise'.*literary, objective"):
+    with pytest.raises(TKPOError, match=r"'concise'.*literary, objective"):
         get_axis("language_style").instruction("concise", "en")
     with pytest.raises(TKPOError, match="'fr'"):
         get_axis("language_style").instruction("literary", "fr")

@@ -419,6 +419,6 @@ def test_check_lists_every_fault_and_finds_duplicates_across_files(tmp_path):
 
 
 def test_check_of_nothing_is_an_error(tmp_path):
-    with pytest.raises(TKPOError, match="no .json or .jsonl"):
+    with pytest.raises(TKPOError, match=r"no \.json or \.jsonl"):
         check([tmp_path])
     assert "none.json" in check([tmp_path / "none.json"])[1][0]

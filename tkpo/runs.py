@@ -90,6 +90,7 @@ def run(config: RunConfig, resume: bool = True) -> dict:
         _write_json(out / "metrics.json", metrics)
         for checkpoint in out.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+        (out / "README.md").unlink(missing_ok=True)  # TRL's model card, about a hub model that is not there
     return metrics
 
 

@@ -150,6 +150,8 @@ class TKPOTrainer(Trainer):
             model = get_peft_model(model, peft_config)
         flip = settings.flipper if settings.sampler != NO_FLIP else None
 
+        self._flip = flip.flip_batch if flip else lambda ids, labels, mask: (ids, mask, labels)
+
         def encode(data):
             if data is None or "input_ids" in data[0]:
                 return data
@@ -187,7 +189,10 @@ class TKPOTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():
             inputs = self._prepare_inputs(inputs)
-            inputs.setdefault("flipped_input_ids", inputs["input_ids"])  # ask for the chunked loss in eval mode too
+            if "flipped_input_ids" not in inputs:  # in eval mode they are what asks for the TKPO loss
+                flipped = self._flip(inputs["input_ids"], inputs["labels"], inputs["attention_mask"])
+                names = ("flipped_input_ids", "flipped_attention_mask", "flipped_labels")
+                inputs.update(zip(names, flipped, strict=True))
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 

@@ -1,0 +1,449 @@
+"""Training runs on the preset tiny: what a run leaves behind, and that a killed one ends like one left in peace."""
+
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+
+from tkpo import runs
+from tkpo.attributes import get_axis
+from tkpo.data import make_record
+from tkpo.errors import TKPOError
+from tkpo.presets import load_tokenizer, resolve_model
+from tkpo.runs import RunConfig, adapter_folder, check_base, last_checkpoint, run
+
+ROOT = Path(__file__).parents[1]
+METHODS = ("sft", "tkpo", "dpo")
+STEPS = 12  # 12 samples in batches of 2, twice
+TOPICS = ("Moss after rain", "A clock in the attic", "Why bread rises", "The night bus", "Salt roads", "Owls in town")
+OUTLINES = {
+    "literary": "1. {} wakes\n2. The long breath\n3. What the dark kept",
+    "objective": "1. Definition of {}\n2. Causes\n3. Measurements\n4. Results",
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with the data files, and a cache of its own for the tiny model."""
+    folder = tmp_path_factory.mktemp("runs")
+    axis, samples, pairs = get_axis("language_style"), [], []
+    for number, topic in enumerate(TOPICS):
+        for attribute, other in axis.flip.items():
+            record = {**make_record(axis, attribute, topic), "id": f"t{number}"}
+            chosen, rejected = (OUTLINES[a].format(topic) for a in (attribute, other))
+            samples.append({**record, "output": chosen})
+            pairs.append({**record, "chosen": chosen, "rejected": rejected})
+    (folder / "samples.json").write_text(json.dumps(samples))
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    (folder / "one.json").write_text(json.dumps(samples[:1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TKPO_CACHE", str(folder / "cache"))
+        resolve_model("tiny", progress=False)
+        yield folder
+
+
+def config(home, method, output, **changes):
+    """A run of `method` into `home/output`; dpo continues the finished run `home/sft`."""
+    values = {
+        "method": method,
+        "dataset": str(home / ("pairs.json" if method == "dpo" else "samples.json")),
+        "axis": "language_style",
+        "model": "tiny",
+        "output": str(home / output),
+        "sft_adapter": str(home / "sft") if method == "dpo" else None,
+        "learning_rate": 2e-3,
+        "lora_rank": 4,
+        "epochs": 2,
+        "batch_size": 2,
+        "max_length": 2048,
+        "save_steps": 3,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    return RunConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(home, killer):
+    """The metrics of one run a method, never interrupted."""
+    return {method: run(config(home, method, method)) for method in METHODS}
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses_of(folder):
+    return [(line["step"], line["loss"]) for line in log_of(folder) if "loss" in line]
+
+
+def weights_of(folder):
+    return load_file(folder / "model" / "adapter_model.safetensors")
+
+
+def assert_same_weights(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+# ---- configuration
+
+
+def test_a_config_is_read_from_yaml_and_overrides(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("method: sft\nlearning_rate: 2e-4\nepochs: 3\nmax_samples: 1e2\ngradient_checkpointing: true\n")
+    found = RunConfig.load(path, epochs="0.5", seed=7)
+    assert (found.method, found.learning_rate, found.epochs, found.seed) == ("sft", 2e-4, 0.5, 7)
+    assert found.max_samples == 100 and isinstance(found.max_samples, int)
+    assert found.gradient_checkpointing is True
+    assert RunConfig.load() == RunConfig()
+    (tmp_path / "empty.yaml").write_text("")
+    assert RunConfig.load(tmp_path / "empty.yaml") == RunConfig()
+
+
+def test_defaults_follow_from_the_method_and_the_data_set():
+    tkpo, dpo = RunConfig(), RunConfig(method="dpo", sft_adapter="x", seed=3)
+    assert (tkpo.learning_rate, dpo.learning_rate) == (2e-4, 1e-5)
+    assert RunConfig(finetuning="full").learning_rate == pytest.approx(2e-5)
+    assert (tkpo.axis, tkpo.output) == ("language_style", "runs/tkpo-language_style-0")
+    assert dpo.output == "runs/dpo-language_style-3"
+    assert (tkpo.preference_weight, tkpo.tau, tkpo.num_rejects) == (0.5, 0.15, 20)
+    assert (tkpo.sampler, tkpo.reduction) == ("multinomial", "log_mean")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("learningrate: 1", ["run.yaml", "'learningrate'", "learning_rate"]),
+        ("epochs: many", ["run.yaml", "epochs", "float", "'many'"]),
+        ("batch_size: 2.5", ["run.yaml", "batch_size", "int", "2.5"]),
+        ("seed: true", ["seed", "int", "True"]),
+        ("gradient_checkpointing: 1", ["gradient_checkpointing", "bool"]),
+        ("epochs: [1]", ["epochs", "float"]),
+        ("batch_size: .inf", ["batch_size", "int"]),
+        ("dataset: [a, b]", ["dataset", "str"]),
+        ("method: null", ["method", "str", "None"]),
+        ("- method", ["run.yaml"]),
+        ("method: [", ["run.yaml"]),
+        ("method: ppo", ["'ppo'", "sft, tkpo, dpo"]),
+        ("finetuning: qlora", ["'qlora'", "lora, full"]),
+        ("epochs: 0", ["epochs", "above 0"]),
+        ("batch_size: 4\nmicro_batch_size: 3", ["batch_size 4", "3"]),
+        ("method: dpo", ["SFT adapter", "--sft-adapter"]),
+    ],
+)
+def test_a_wrong_config_says_what_is_wrong(tmp_path, text, parts):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(TKPOError) as error:
+        RunConfig.load(path)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_wrong_override_is_not_blamed_on_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("epochs: 1")
+    with pytest.raises(TKPOError) as error:
+        RunConfig.load(path, epochs="many")
+    assert "run.yaml" not in str(error.value)
+    with pytest.raises(TKPOError, match=r"none\.yaml"):
+        RunConfig.load(tmp_path / "none.yaml")
+    path.write_bytes("# 详细".encode("gbk"))
+    with pytest.raises(TKPOError, match=r"run\.yaml"):
+        RunConfig.load(path)
+
+
+# ---- what a run leaves behind
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_writes_its_records_and_an_adapter(home, finished, method):
+    folder = home / method
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"config.json", "environment.json", "log.jsonl", "metrics.json", "model"}
+    assert json.loads((folder / "config.json").read_text()) == asdict(config(home, method, method))
+    versions = json.loads((folder / "environment.json").read_text())
+    assert versions["packages"]["torch"] == torch.__version__ and versions["processes"] == 1
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics == finished[method]
+    assert (metrics["steps"], metrics["samples"]) == (STEPS, len(TOPICS) * 2)
+    assert metrics["seconds"] > 0 and metrics["peak_memory_mib"] > 0
+    assert metrics["trainable_parameters"] == sum(w.numel() for w in weights_of(folder).values())
+    assert [step for step, _ in losses_of(folder)] == list(range(1, STEPS + 1))
+    assert all(math.isfinite(loss) for _, loss in losses_of(folder))
+    assert metrics["train_loss"] == pytest.approx(sum(x for _, x in losses_of(folder)) / STEPS, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_is_safetensors_alone_and_names_no_place_of_this_machine(home, finished, method):
+    model = home / method / "model"
+    names = {p.name for p in model.rglob("*")}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tkpo.json"} <= names
+    assert not [n for n in names if Path(n).suffix in (".bin", ".pt", ".pth", ".pkl")]
+    for text in (model / "adapter_config.json").read_text(), "".join(map(str, weights_of(home / method))):
+        assert str(home) not in text and str(Path.home()) not in text and str(ROOT) not in text
+    assert json.loads((model / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
+    note = json.loads((model / "tkpo.json").read_text())
+    assert (note["base_model"], note["method"], note["axis"]) == ("tiny", method, "language_style")
+    assert len(note["base_model_sha256"]) == 64
+
+
+def test_the_methods_end_with_different_adapters_that_load(home, finished):
+    adapters = {method: weights_of(home / method) for method in METHODS}
+    for one, other in (("sft", "tkpo"), ("sft", "dpo"), ("tkpo", "dpo")):
+        assert any(not torch.equal(adapters[one][k], adapters[other][k]) for k in adapters[one])
+    base = Qwen2ForCausalLM.from_pretrained(resolve_model("tiny"), dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(adapter_folder(home / "tkpo")))
+    ids = torch.tensor([[65, 66, 67]])
+    with torch.no_grad(), model.disable_adapter():
+        plain = model(input_ids=ids).logits
+    with torch.no_grad():
+        assert not torch.allclose(model(input_ids=ids).logits, plain)
+
+
+def test_training_lowers_the_loss(home, finished):
+    for method in METHODS:
+        losses = [loss for _, loss in losses_of(home / method)]
+        assert sum(losses[-4:]) < sum(losses[:4])
+
+
+def test_tkpo_logs_its_terms_and_sft_only_cross_entropy(home, finished):
+    for line in log_of(home / "tkpo")[:STEPS]:
+        assert line["loss"] == pytest.approx(line["cross_entropy"] + 0.5 * line["preference"], abs=1e-3)
+        assert 0 < line["reward"] < 1 and 0 <= line["accuracy"] <= 1
+    for line in log_of(home / "sft")[:STEPS]:
+        assert line["loss"] == pytest.approx(line["cross_entropy"], abs=1e-3)
+        assert "preference" not in line
+
+
+# ---- against transformers and TRL
+
+
+def test_the_first_sft_loss_is_transformers_own_and_restart_trains_again(home):
+    record = json.loads((home / "one.json").read_text())[0]
+    once = config(home, "sft", "one", dataset=str(home / "one.json"), batch_size=1, epochs=1)
+    run(once)
+    tokenizer = load_tokenizer("tiny")
+    turns = [{"role": "user", "content": record["instruction"] + "\n" + record["input"]}]
+    start = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    turns.append({"role": "assistant", "content": record["output"]})
+    ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False), return_tensors="pt").input_ids
+    labels = ids.clone()
+    labels[:, : len(tokenizer(start).input_ids)] = -100
+    model = Qwen2ForCausalLM.from_pretrained(resolve_model("tiny"), dtype=torch.float32)
+    with torch.no_grad():
+        theirs = model(input_ids=ids, labels=labels).loss.item()
+    assert log_of(home / "one")[0]["cross_entropy"] == pytest.approx(theirs, abs=2e-6)
+    assert log_of(home / "one")[0]["loss"] == pytest.approx(theirs, abs=1e-4)
+    (home / "one" / "metrics.json").write_text('{"stale": 1}')
+    assert run(once) == {"stale": 1}
+    assert run(once, resume=False)["steps"] == 1
+
+
+def test_dpo_starts_from_the_sft_adapter_against_a_frozen_copy(home, finished):
+    assert losses_of(home / "dpo")[0][1] == pytest.approx(math.log(2), abs=1e-4)
+    run(config(home, "dpo", "dpo-still", learning_rate=0.0, max_samples=2, epochs=1))
+    assert_same_weights(weights_of(home / "dpo-still"), weights_of(home / "sft"))
+
+
+# ---- killed and resumed
+
+KILLED = """
+import json, os, sys
+from tkpo.runs import RunConfig, import_dpo, run
+import_dpo()
+while line := sys.stdin.readline():  # a config a line; each run in a process of its own, to be killed
+    child = os.fork()
+    if not child:
+        run(RunConfig(**json.loads(line)))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def killer(home):
+    """Starts a run in another process and kills it without warning once it is past its first checkpoint."""
+    threads = str(torch.get_num_threads())
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads},
+    )
+
+    def kill(config):
+        process.stdin.write(json.dumps(asdict(config)) + "\n")
+        process.stdin.flush()
+        child, log = int(process.stdout.readline()), Path(config.output) / "log.jsonl"
+        give_up = time.monotonic() + 240
+        while not (last_checkpoint(log.parent) and log.read_text().count("\n") > config.save_steps):
+            assert time.monotonic() < give_up, "the run did not reach its first checkpoint"
+            time.sleep(0.005)
+        os.kill(child, signal.SIGKILL)
+        assert int(process.stdout.readline()) == signal.SIGKILL
+
+    yield kill
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_ends_like_one_left_in_peace(home, finished, killer, method):
+    """Losses of every step and the adapter, bit for bit; no step twice in the log."""
+    again = config(home, method, f"{method}-killed")
+    folder = Path(again.output)
+    killer(again)
+    assert not (folder / "metrics.json").exists() and last_checkpoint(folder)
+    first = Path(last_checkpoint(folder)).name
+    assert first != f"checkpoint-{STEPS}"
+    half = folder / f"checkpoint-{STEPS - 1}"  # as if a later one had been cut off while it was written
+    half.mkdir()
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    with (folder / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": STEPS - 1, "loss": 0.0}) + "\n" + '{"step": 12, "lo')
+
+    metrics = run(again)
+    assert losses_of(folder) == losses_of(home / method)
+    assert_same_weights(weights_of(folder), weights_of(home / method))
+    assert not list(folder.glob("checkpoint-*"))
+    steps = [line["step"] for line in log_of(folder)]
+    assert steps == [line["step"] for line in log_of(home / method)]
+    assert metrics["steps"] == STEPS
+    assert metrics["train_loss"] == pytest.approx(finished[method]["train_loss"], rel=1e-6)
+    done = STEPS - int(first.split("-")[1])
+    assert metrics["seconds_a_step"] == pytest.approx(metrics["seconds"] / done, rel=0.05)
+
+
+def test_a_run_that_fails_while_it_saves_is_completed(home, monkeypatch):
+    once = config(home, "sft", "disk-full", max_samples=2, epochs=1)
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_save", full)
+        with pytest.raises(OSError, match="No space"):
+            run(once)
+    assert not (home / "disk-full" / "metrics.json").exists()
+    assert run(once)["steps"] == 1
+    run(config(home, "sft", "disk-fine", max_samples=2, epochs=1))
+    assert_same_weights(weights_of(home / "disk-full"), weights_of(home / "disk-fine"))
+    assert losses_of(home / "disk-full") == losses_of(home / "disk-fine")
+
+
+def test_the_last_checkpoint_is_the_newest_complete_one(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step in (9, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-11" / "adapter_model.safetensors").touch()
+    assert last_checkpoint(tmp_path) is None
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+# ---- runs that are refused
+
+
+def test_a_finished_run_is_not_trained_again(home, finished, monkeypatch, caplog):
+    monkeypatch.setattr(runs, "load_model", None)  # would raise if it were called
+    with caplog.at_level(logging.WARNING, "tkpo"):
+        assert run(config(home, "sft", "sft", save_steps=5)) == finished["sft"]
+    assert "finished" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "changes", [{"learning_rate": 0.1}, {"method": "tkpo"}, {"seed": 1}, {"max_samples": 4}, {"lora_rank": 2}]
+)
+def test_another_config_in_the_same_folder_is_refused(home, finished, changes):
+    before = (home / "sft" / "config.json").read_bytes()
+    with pytest.raises(TKPOError, match=next(iter(changes))) as error:
+        run(config(home, **{"method": "sft", "output": "sft", **changes}))
+    assert "--output" in str(error.value) and "--restart" in str(error.value)
+    assert (home / "sft" / "config.json").read_bytes() == before
+
+
+def test_dpo_needs_pairs_and_an_adapter_that_is_there(home, finished):
+    with pytest.raises(TKPOError, match="SFT adapter"):
+        config(home, "dpo", "none", sft_adapter=None)
+    with pytest.raises(TKPOError, match=r"samples\.json, record 1: no field 'chosen'"):
+        run(config(home, "dpo", "none", dataset=str(home / "samples.json")))
+    with pytest.raises(TKPOError, match=r"adapter_config\.json"):
+        run(config(home, "dpo", "none", sft_adapter=str(home / "cache")))
+
+
+def test_sft_needs_outputs(home):
+    with pytest.raises(TKPOError, match=r"pairs\.json, record 1: no field 'output'"):
+        run(config(home, "sft", "none-sft", dataset=str(home / "pairs.json")))
+
+
+def test_max_samples_are_the_same_for_every_method():
+    def chosen(method, count):
+        more = {"sft_adapter": "x"} if method == "dpo" else {}
+        made = RunConfig(method=method, data_dir=str(ROOT / "data"), max_samples=count, **more)
+        return [(r["id"], r["attribute"], r["form"]) for r in runs._training_records(made)]
+
+    sft, dpo = chosen("sft", 40), chosen("dpo", 40)
+    assert sft == dpo == chosen("tkpo", 40)
+    assert len(set(sft)) == 40
+    assert chosen("sft", 20) == sft[:20]
+    assert {attribute for _, attribute, _ in sft} == {"literary", "objective"}
+    assert {name.split("-")[0] for name, _, _ in sft} == {"en", "zh"}
+    assert len({name.split("-")[1] for name, _, _ in sft}) > 5  # not the first file's
+
+
+def test_an_adapter_that_meets_another_base_warns(home, finished, caplog):
+    other = home / "other-base"
+    shutil.copytree(resolve_model("tiny"), other)
+    weights = load_file(other / "model.safetensors")
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name] + 1}, other / "model.safetensors", metadata={"format": "pt"})
+    adapter = adapter_folder(home / "sft")
+    assert adapter == adapter_folder(home / "sft" / "model") == home / "sft" / "model"
+    with caplog.at_level(logging.WARNING, "tkpo"):
+        check_base(adapter, "tiny")
+        assert not caplog.records
+        check_base(adapter, str(other))
+    assert "tiny" in caplog.text and str(other) in caplog.text
+
+
+# ---- the whole model
+
+
+@pytest.mark.parametrize("method", ["sft", "tkpo"])
+def test_full_fine_tuning_saves_a_model_that_loads(home, method):
+    metrics = run(config(home, method, f"{method}-full", finetuning="full", max_samples=2, epochs=1))
+    folder = home / f"{method}-full" / "model"
+    base = Qwen2ForCausalLM.from_pretrained(resolve_model("tiny"), dtype=torch.float32)
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert type(model) is Qwen2ForCausalLM
+    assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert metrics["trainable_parameters"] == sum(p.numel() for p in base.parameters())
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, base.get_parameter(name))]
+    assert {"lm_head.weight", "model.norm.weight"} <= set(changed)
+    assert load_tokenizer(folder).chat_template == load_tokenizer("tiny").chat_template
+    for path in folder.iterdir():
+        assert path.suffix not in (".bin", ".pt", ".pkl"), "a pickle can run code where it is opened"
+        if path.suffix == ".json":
+            assert str(home) not in path.read_text()
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
