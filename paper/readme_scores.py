@@ -1,0 +1,83 @@
+"""Write the README's scores and sample outlines from the stored results, or check that they are up to date.
+
+python paper/readme_scores.py [--check]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+METHODS = {"base": "zero-shot", "sft": "SFT", "dpo": "DPO", "tkpo": "TKPO"}
+AXES = {"language_style": "language style", "level_of_detail": "level of detail"}
+COLUMNS = {
+    "rouge-1": "R-1",
+    "rouge-2": "R-2",
+    "rouge-l": "R-L",
+    "bleu-4": "BLEU-4",
+    "control_accuracy": "control",
+    "structure_valid": "valid",
+    "obeys_detail": "level",
+}
+LANGUAGES = {"en": "English", "zh": "Chinese"}
+SHOWN = ("A grandmother's button box", "Why bread rises", "城市屋顶上的菜园")  # of results/own_topics.json
+
+
+def score_section() -> str:
+    lines = []
+    for axis, title in AXES.items():
+        results = {m: _read(f"scores/{axis}/{m}.json") for m in METHODS}
+        runs = {m: _read(f"runs/{axis}/{m}/metrics.json") for m in METHODS if m != "base"}
+        samples = {run["samples"] for run in runs.values()}
+        assert len(samples) == 1, f"{axis}: the methods were trained on different numbers of samples: {samples}"
+        lines += [
+            f"**{title.capitalize()}** (each method trained on the same {samples.pop()} samples, English and Chinese "
+            "together)",
+            "",
+            "| | | n | " + " | ".join(COLUMNS.values()) + " | training |",
+            "| --- | --- |" + " ---: |" * (len(COLUMNS) + 2),
+        ]
+        for lang, language in LANGUAGES.items():
+            for method, name in METHODS.items():
+                scores = results[method]["scores"][lang]
+                cells = " | ".join(f"{scores[column]:.1f}" for column in COLUMNS)
+                seconds = f"{runs[method]['seconds']:.0f} s" if method in runs else "–"
+                lines.append(f"| {language} | {name} | {scores['n']} | {cells} | {seconds} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def outline_section() -> str:
+    rows = {row["topic"]: row for row in _read("own_topics.json")["topics"]}
+    lines = []
+    for topic in SHOWN:
+        row = rows[topic]
+        lines += [f"TKPO, *{row['style']}*: {topic}", "", "```", row["outlines"]["tkpo"]["outline"], "```", ""]
+    return "\n".join(lines)
+
+
+def _read(name: str) -> dict:
+    return json.loads((HERE / "results" / name).read_text(encoding="utf-8"))
+
+
+def updated(readme: str) -> str:
+    for mark, section in (("scores", score_section()), ("outlines", outline_section())):
+        start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
+        head, rest = readme.split(start, 1)
+        readme = head + start + section + end + rest.split(end, 1)[1]
+    return readme
+
+
+def main() -> int:
+    now = README.read_text(encoding="utf-8")
+    fresh = updated(now)
+    if "--check" in sys.argv[1:]:
+        print("up to date" if fresh == now else "README.md differs from the results: run paper/readme_scores.py")
+        return int(fresh != now)
+    README.write_text(fresh, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
