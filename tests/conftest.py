@@ -34,11 +34,11 @@ def tiny_tokenizer(tiny_folder):
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_folder):
+def tiny_model(tiny_folder, samples):
     """Makes plain Qwen2 models with the same weights each time, in eval mode.
 
-    The preset's weights are so small that every next-token distribution is nearly uniform; here they are larger,
-    so that distributions are peaked and depend on the prompt.
+    The preset's next-token distributions are nearly uniform. Here its weights are larger, so that distributions are
+    peaked and depend on the prompt, and a little fitted to the samples, so that gold tokens beat some rejects.
     """
     from transformers import Qwen2ForCausalLM
 
@@ -47,6 +47,13 @@ def tiny_model(tiny_folder):
         for parameter in original.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(8)
+    optimizer = torch.optim.AdamW(original.parameters(), lr=3e-3)
+    for _ in range(2):
+        for sample in samples:
+            ids, labels = (torch.tensor([part]) for part in sample.row())
+            original(input_ids=ids, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
     def make(dtype=torch.float32):
         return copy.deepcopy(original).to(dtype).eval()
@@ -103,7 +110,7 @@ def samples(tiny_tokenizer):
     for attribute, other, topic, output in (
         ("literary", "objective", "the sea", "I. Salt\n1. Song"),
         ("objective", "literary", "bread, water, salt", "1. Flour"),
-        ("literary", "objective", "a long winter night", "I. Snow\nII. Ice\nIII. A fire"),
+        ("literary", "objective", "a long, cold winter night", "I. Snow\nII. Ice\nIII. A fire"),
         ("objective", "literary", "rain", "1. It"),
     ):
         record = {"instruction": INSTRUCTION.format(attribute), "input": f"Topic: {topic}", "output": output}

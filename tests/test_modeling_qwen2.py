@@ -78,7 +78,8 @@ def batch(samples, tiny_tokenizer):
 
 def assert_terms(output, expected, tolerance=1e-5):
     for name in TERMS:
-        assert float(getattr(output, name)) == pytest.approx(float(expected[name]), abs=tolerance), name
+        found, wanted = (float(torch.as_tensor(x).detach()) for x in (getattr(output, name), expected[name]))
+        assert found == pytest.approx(wanted, abs=tolerance), name
 
 
 def gradients(model, loss):
@@ -193,15 +194,16 @@ def test_training_loss_is_the_method_on_plain_logits(tiny_model, ours, batch, sa
     expected = by_hand(tiny_model(), samples, reduction=reduction, **formula)
     output = ours(reduction=reduction, **changes)(**batch())
     assert_terms(output, expected)
+    assert 0 < expected["accuracy"] < 1  # so that equality says something
     assert int(output.num_sequences) == len(samples)
     assert output.logits is None
 
 
 def test_the_flip_matters(tiny_model, ours, batch, samples, by_hand):
-    """What the tests above would say of a loss whose rejects came from the true prompt."""
+    """A loss whose rejects came from the true prompt would be out of the tolerance above."""
     unflipped = [type(s)(s.record, s.prompt, s.prompt, s.response) for s in samples]
     output = ours()(**batch())
-    assert abs(float(by_hand(tiny_model(), unflipped)["preference"]) - float(output.preference)) > 1e-3
+    assert abs(float(by_hand(tiny_model(), unflipped)["preference"]) - float(output.preference)) > 1e-4
 
 
 def test_training_gradients_are_the_methods(tiny_model, ours, batch, samples, by_hand):
@@ -355,6 +357,35 @@ def test_lora_trains_its_adapters_only_and_by_the_same_loss(tiny_model, ours, ba
     found = gradients(model, output.loss)
     assert found and all(".lora_" in name for name in found)
     assert_same_gradients(found, gradients(plain, expected["loss"]))
+
+
+def test_lora_on_the_head_is_refused_or_trained(tiny_model, settings, batch, samples, by_hand):
+    """The loss reads the head's weight, not its output: an adapter on it must not be passed over in silence."""
+
+    def on_head(model):
+        torch.manual_seed(0)
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)).train()
+
+    model = on_head(TKPOQwen2ForCausalLM.adopt(tiny_model(), settings()))
+    try:
+        output = model(**batch())
+    except TKPOError as error:
+        assert "lm_head" in str(error)
+    else:
+        assert_terms(output, by_hand(on_head(tiny_model()), samples))
+
+
+def test_a_head_that_peft_trains_in_full_counts(tiny_model, settings, batch, samples, by_hand):
+    config = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model = get_peft_model(TKPOQwen2ForCausalLM.adopt(tiny_model(), settings()), LoraConfig(**config)).train()
+    plain = get_peft_model(tiny_model(), LoraConfig(**config)).train()
+    expected = by_hand(plain, samples)
+    output = model(**batch())
+    assert_terms(output, expected)
+    names = [name for name, p in model.named_parameters() if "lm_head" in name and p.requires_grad]
+    found, wanted = gradients(model, output.loss), gradients(plain, expected["loss"])
+    assert names and all(name in found for name in names)
+    assert_same_gradients({n: found[n] for n in names}, {n: wanted[n] for n in names})
 
 
 def test_lora_with_gradient_checkpointing(ours, batch):
