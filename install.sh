@@ -2,7 +2,7 @@
 # Installs tkpo into a virtual environment: `bash install.sh [EXTRAS]`, e.g. `bash install.sh dev,deepspeed`.
 #   VENV    where to put it (default .venv)        PYTHON  which Python to use (default python3, 3.10 or newer)
 # On a machine without an NVIDIA GPU, torch comes from PyTorch's index of CPU builds, so that no CUDA package is
-# downloaded. requirements.lock holds every other package to the versions the tests ran with.
+# downloaded. On Python 3.11, requirements.lock holds every other package to the versions the tests ran with.
 set -euo pipefail
 cd "$(dirname "$0")"
 venv="${VENV:-.venv}"
@@ -18,5 +18,7 @@ torch=$(sed -n 's/^ *"\(torch==[^"]*\)",$/\1/p' pyproject.toml)
 index=()
 command -v nvidia-smi > /dev/null || index=(--extra-index-url https://download.pytorch.org/whl/cpu)
 "$venv/bin/pip" install --quiet "${index[@]}" "$torch"
-"$venv/bin/pip" install --quiet --constraint requirements.lock --editable ".${1:+[$1]}"
+lock=()
+"$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' && lock=(--constraint requirements.lock)
+"$venv/bin/pip" install --quiet "${lock[@]}" --editable ".${1:+[$1]}"
 echo "installed: $("$venv/bin/tkpo" --version) in $venv"

@@ -35,15 +35,14 @@ def score_section() -> str:
             f"**{title.capitalize()}** (each method trained on the same {samples.pop()} samples, English and Chinese "
             "together)",
             "",
-            "| | | n | " + " | ".join(COLUMNS.values()) + " | training |",
-            "| --- | --- |" + " ---: |" * (len(COLUMNS) + 2),
+            "| | | n | " + " | ".join(COLUMNS.values()) + " |",
+            "| --- | --- |" + " ---: |" * (len(COLUMNS) + 1),
         ]
         for lang, language in LANGUAGES.items():
             for method, name in METHODS.items():
                 scores = results[method]["scores"][lang]
                 cells = " | ".join(f"{scores[column]:.1f}" for column in COLUMNS)
-                seconds = f"{runs[method]['seconds']:.0f} s" if method in runs else "–"
-                lines.append(f"| {language} | {name} | {scores['n']} | {cells} | {seconds} |")
+                lines.append(f"| {language} | {name} | {scores['n']} | {cells} |")
         lines.append("")
     return "\n".join(lines)
 
