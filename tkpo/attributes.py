@@ -81,7 +81,7 @@ class Axis:
 
 def _phrase_pattern(phrase: str) -> str:
     escaped = re.escape(phrase)
-    return rf"(?i)\b{escaped}\b" if phrase.isascii() else escaped
+    return rf"(?i)(?<!\w){escaped}(?!\w)" if phrase.isascii() else escaped
 
 
 @lru_cache(maxsize=16)
@@ -95,28 +95,33 @@ def load_axes(path: str | Path | None = None) -> dict[str, Axis]:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TKPOError(f"cannot read axes table {path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise TKPOError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(table, dict) or not isinstance(table.get("axes"), dict):
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TKPOError(f"{path} is not valid YAML in UTF-8: {error}") from error
+    if not isinstance(table, dict) or not isinstance(table.get("axes"), dict) or not table["axes"]:
         raise TKPOError(f"{path}: an axes table needs the keys `attributes` and `axes` (see {DEFAULT_TABLE})")
+    for key in ("instruction", "topic", "attributes"):
+        if not isinstance(table.get(key) or {}, dict):
+            raise TKPOError(f"{path}: {key!r} must hold keys and values, not {table[key]!r}")
     default = {} if path == DEFAULT_TABLE else yaml.safe_load(DEFAULT_TABLE.read_text(encoding="utf-8"))
     instructions = {**default.get("instruction", {}), **(table.get("instruction") or {})}
     topics = {**default.get("topic", {}), **(table.get("topic") or {})}
     phrases = {**default.get("attributes", {}), **(table.get("attributes") or {})}
-    for lang, text in instructions.items():
-        if text.count("{attribute}") != 1:
-            raise TKPOError(f"{path}: instruction {lang!r} must have the slot {{attribute}} exactly once")
+    for kind, slot, texts in (("instruction", "{attribute}", instructions), ("topic", "{topic}", topics)):
+        for lang, text in texts.items():
+            if not isinstance(text, str) or text.count(slot) != 1:
+                raise TKPOError(f"{path}: {kind} {lang!r} must be text with the slot {slot} exactly once")
     for attribute, words in phrases.items():
-        if not isinstance(words, dict) or not words or not all(isinstance(w, str) for w in words.values()):
+        if not isinstance(words, dict) or not all(isinstance(w, str) and w.strip() for w in [*words.values()] or [""]):
             raise TKPOError(f"{path}: attribute {attribute!r} needs a phrase a language, e.g. {{en: casual}}")
     axes = {}
     for name, flip in table["axes"].items():
         if not isinstance(flip, dict) or len(flip) < 2:
             raise TKPOError(f"{path}: axis {name!r} needs at least two attributes with their flips")
-        for attribute, other in flip.items():
+        for attribute in flip:
             if attribute not in phrases:
                 raise TKPOError(f"{path}: axis {name!r}: attribute {attribute!r} has no entry in `attributes`")
-            if other not in flip or other == attribute:
+        for attribute, other in flip.items():
+            if other not in list(flip) or other == attribute:
                 raise TKPOError(
                     f"{path}: axis {name!r}: {attribute!r} must flip to another attribute of the axis, not to {other!r}"
                 )
@@ -125,6 +130,9 @@ def load_axes(path: str | Path | None = None) -> dict[str, Axis]:
                 raise TKPOError(
                     f"{path}: {other!r} lacks a phrase in {', '.join(sorted(missing))}, which {attribute!r} has"
                 )
+            for lang, phrase in phrases[attribute].items():
+                if phrase.casefold() == phrases[other][lang].casefold():
+                    raise TKPOError(f"{path}: {attribute!r} and {other!r} have the same phrase {phrase!r} in {lang}")
         axes[name] = Axis(name, dict(flip), {a: phrases[a] for a in flip}, instructions, topics)
     return axes
 

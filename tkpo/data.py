@@ -69,7 +69,7 @@ def read_rows(path: str | Path) -> list[dict]:
             raise TKPOError(f"{path} is not valid JSON: {error}") from error
     else:
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028 inside a text
             if line.strip():
                 try:
                     rows.append(json.loads(line))
@@ -109,7 +109,11 @@ def load_records(
         root = data_dir(folder)
         info = read_info(root / "dataset_info.json")
         names = [entry_name(dataset, language, split, pairs) for language in ([lang] if lang else list(LANGUAGES))]
-        paths = [root / info[name]["file_name"] for name in names if name in info]
+        names = [name for name in names if name in info]
+        for name in names:
+            if not isinstance(info[name], dict) or not isinstance(info[name].get("file_name"), str):
+                raise TKPOError(f"{root / 'dataset_info.json'}, entry {name!r}: no file_name")
+        paths = [root / info[name]["file_name"] for name in names]
         if not paths:
             raise TKPOError(
                 f"no data set {dataset!r} ({split}{', pairs' if pairs else ''}) in {root / 'dataset_info.json'}; "
@@ -192,13 +196,14 @@ def build(corpus: str | Path, out: str | Path, axes_file: str | Path | None = No
     paths = sorted(Path(corpus).glob("*.jsonl"))
     if not paths:
         raise TKPOError(f"no *.jsonl files in corpus folder {corpus}")
-    faults = [fault for path in paths for fault in check_file(path)]
+    seen = {}
+    faults = [fault for path in paths for fault in check_file(path, seen)]
     if faults:
         shown = "\n".join(faults[:20]) + (f"\n… and {len(faults) - 20} more" if len(faults) > 20 else "")
         raise TKPOError(f"the corpus has {len(faults)} faults, nothing was written:\n{shown}")
     articles = [row for path in paths for row in read_rows(path)]
     out = Path(out)
-    info, counts = {}, {}
+    info, files = {}, {}
     for axis in load_axes(axes_file).values():
         for lang in LANGUAGES:
             rows = [a for a in articles if a["lang"] == lang]
@@ -210,11 +215,12 @@ def build(corpus: str | Path, out: str | Path, axes_file: str | Path | None = No
                     if not items:
                         continue
                     name = f"{axis.name}/{split}.{lang}{'.pairs' if is_pairs else ''}.json"
-                    _write_array(out / name, items)
-                    counts[name] = len(items)
+                    files[name] = items
                     info[entry_name(axis.name, lang, split, is_pairs)] = _info_entry(name, is_pairs)
+    for name, items in files.items():  # only now, so that an error above leaves nothing half-built
+        _write_array(out / name, items)
     _write_text(out / "dataset_info.json", json.dumps(info, indent=2, ensure_ascii=False) + "\n")
-    return counts
+    return {name: len(items) for name, items in files.items()}
 
 
 def _records(article: dict, axis: Axis, split: str) -> Iterator[dict]:
@@ -379,7 +385,7 @@ def _info_faults(path: Path) -> list[str]:
     faults = []
     for name, entry in info.items():
         file_name = entry.get("file_name") if isinstance(entry, dict) else None
-        if not file_name:
+        if not file_name or not isinstance(file_name, str):
             faults.append(f"{path}, entry {name!r}: no file_name")
         elif not (path.parent / file_name).is_file():
             faults.append(f"{path}, entry {name!r}: file {file_name} does not exist")

@@ -69,6 +69,10 @@ class RunConfig:
             raise TKPOError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
         if self.method == "dpo" and not self.sft_adapter and self.finetuning == "lora":
             raise TKPOError("dpo continues an SFT adapter: give --sft-adapter RUN_FOLDER (train one with --method sft)")
+        if self.sft_adapter and (self.method != "dpo" or self.finetuning == "full"):
+            raise TKPOError("sft_adapter is for dpo with lora; with full fine-tuning the SFT model itself is --model")
+        if self.eval_steps and Path(self.dataset).suffix in (".json", ".jsonl"):
+            raise TKPOError("eval_steps needs a data set of dataset_info.json, with its validation file: not a file")
         if self.output is None:
             self.output = f"runs/{self.method}-{Path(self.dataset).stem}-{self.seed}"
         if self.axis is None:
@@ -83,7 +87,7 @@ class RunConfig:
         if path:
             try:
                 values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-            except (OSError, yaml.YAMLError) as error:
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
                 raise TKPOError(f"cannot read run configuration {path}: {error}") from error
             if not isinstance(values, dict):
                 raise TKPOError(f"{path}: expected keys and values")
@@ -108,9 +112,9 @@ def _typed(key: str, value, annotation: str, where: str):
             return value
     else:
         try:
-            if not isinstance(value, bool):
+            if not isinstance(value, (bool, list, dict)):
                 return {"str": str, "int": _whole, "float": float}[kind](value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     raise TKPOError(f"{where}{key} must be {kind}, not {value!r}")
 

@@ -6,6 +6,7 @@ The folder holds config.json, environment.json, log.jsonl, metrics.json, the che
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -68,21 +69,25 @@ def run(config: RunConfig, resume: bool = True) -> dict:
     dtype = config.dtype
     if config.finetuning == "full" and dtype == "auto" and default_dtype(device) != torch.bfloat16:
         dtype = "float32"  # full fine-tuning needs master weights where there is no bfloat16
-    model, tokenizer = load_model(config.model, dtype), load_tokenizer(config.model)
+    model, tokenizer = load_model(config.model, dtype, device), load_tokenizer(config.model)
     base_hash = base_model_hash(resolve_model(config.model))
     trainer = (_dpo_trainer if config.method == "dpo" else _tkpo_trainer)(config, model, tokenizer, records, device)
     trainer.add_callback(_LogFile(out / "log.jsonl"))
+    checkpoint = last_checkpoint(out)
+    done = int(Path(checkpoint).name.split("-")[1]) if checkpoint else 0
     started = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=last_checkpoint(out))
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
 
     _save(trainer, tokenizer, out / "model", config, base_hash)
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     metrics = {
-        **{key: result.metrics[key] for key in ("train_loss", "epoch") if key in result.metrics},
+        "train_loss": sum(losses) / max(1, len(losses)),  # Trainer's own forgets the steps before a resume
+        "epoch": trainer.state.epoch,
         "seconds": round(seconds, 3),
         "steps": trainer.state.global_step,
         "samples": len(records),
-        "seconds_a_step": round(seconds / max(1, trainer.state.global_step), 4),
+        "seconds_a_step": round(seconds / max(1, trainer.state.global_step - done), 4),
         "peak_memory_mib": peak_memory_mib(),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }
@@ -197,9 +202,13 @@ def _dpo_trainer(config: RunConfig, model, tokenizer, records, device: str):
     if config.finetuning == "lora":
         adapter = adapter_folder(config.sft_adapter)
         check_base(adapter, config.model)
-        model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        # of a checkpoint with two adapters, Trainer loads only the one in a sub-folder: the frozen copy
+        start = last_checkpoint(Path(config.output)) or adapter
+        model = PeftModel.from_pretrained(model, str(start), is_trainable=True)
         model.load_adapter(str(adapter), adapter_name="reference")
         model.set_adapter("default")  # loading a frozen adapter froze this one too
+        for adapter_config in model.peft_config.values():  # else PEFT asks the hub for the preset at each checkpoint
+            adapter_config.base_model_name_or_path = str(resolve_model(config.model))
         wanted |= {"model_adapter_name": "default", "ref_adapter_name": "reference"}
     known = {f.name for f in dataclasses.fields(DPOConfig)}  # newer TRL has fewer knobs and these defaults
     if "ref_adapter_name" not in known and config.finetuning == "lora":
@@ -225,9 +234,17 @@ def import_dpo() -> tuple[type, type]:
 
 def last_checkpoint(out: Path) -> str | None:
     """The newest checkpoint that was written to its end, or None."""
-    complete = [p for p in out.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
+    complete = [p for p in out.glob("checkpoint-*") if _is_json(p / "trainer_state.json")]
     newest = max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
     return str(newest) if newest else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 class _LogFile(TrainerCallback):
@@ -238,7 +255,10 @@ class _LogFile(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.path.exists():
-            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+            lines = []
+            for text in self.path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # a killed run may leave half a line
+                    lines.append(json.loads(text))
             kept = [line for line in lines if line["step"] <= state.global_step]
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
@@ -256,6 +276,11 @@ def _save(trainer, tokenizer, folder: Path, config: RunConfig, base_hash: str) -
     if config.finetuning == "full":
         trainer.save_model(str(folder))
         tokenizer.save_pretrained(folder)
+        if int(os.environ.get("RANK", 0)):
+            return
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine in it
+        saved = json.loads((folder / "config.json").read_text())
+        _write_json(folder / "config.json", {**saved, "architectures": ["Qwen2ForCausalLM"]})
         return
     if int(os.environ.get("RANK", 0)):
         return
