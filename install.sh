@@ -17,7 +17,7 @@ python="${PYTHON:-python3}"
 torch=$(sed -n 's/^ *"\(torch==[^"]*\)",$/\1/p' pyproject.toml)
 index=()
 command -v nvidia-smi > /dev/null || index=(--extra-index-url https://download.pytorch.org/whl/cpu)
-"$venv/bin/pip" install --quiet "${index[@]}" "$torch"
+"$venv/bin/pip" install --quiet --no-deps "${index[@]}" "$torch"  # what it needs comes with the rest
 lock=()
 "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' && lock=(--constraint requirements.lock)
 "$venv/bin/pip" install --quiet "${lock[@]}" --editable ".${1:+[$1]}"
