@@ -14,7 +14,6 @@ from tkpo.flip import PromptFlipper
 from tkpo.loss import IGNORE_INDEX, fused_reject_tokens, tkpo_loss
 from tkpo.modeling_qwen2 import TKPOQwen2ForCausalLM, TKPOSettings, patch_qwen2
 
-BUG = pytest.mark.xfail(strict=True, reason="known fault of tkpo/modeling_qwen2.py: take this mark off with its repair")
 TERMS = ("loss", "cross_entropy", "preference", "reward", "accuracy")
 
 
@@ -144,7 +143,6 @@ def head_widths(model, inputs):
     return widths
 
 
-@BUG
 def test_generate_makes_logits_of_the_last_position_only(tiny_model, ours, batch, patched):
     """As plain Qwen2 does: a prompt's logits would take (length, vocabulary) for nothing."""
     inputs = batch(slice(0, 1))
@@ -154,7 +152,6 @@ def test_generate_makes_logits_of_the_last_position_only(tiny_model, ours, batch
     assert head_widths(tiny_model(), inputs) == [1, 1, 1]
 
 
-@BUG
 def test_trainers_still_find_the_labels_in_the_signature(patched):
     """Trainer reads forward's signature to find label names and the columns it may keep."""
     plain = list(inspect.signature(Qwen2ForCausalLM.forward).parameters)
@@ -180,7 +177,6 @@ def test_saved_model_loads_as_plain_qwen2(tiny_model, ours, batch, tmp_path):
         assert again.tkpo is None and torch.equal(again(**inputs).logits, expected)
 
 
-@BUG
 def test_saved_config_names_an_architecture_that_other_tools_know(ours, tmp_path):
     """vLLM and llama.cpp's converter look at `architectures`."""
     ours().save_pretrained(tmp_path)
@@ -363,7 +359,6 @@ def test_lora_trains_its_adapters_only_and_by_the_same_loss(tiny_model, ours, ba
     assert_same_gradients(found, gradients(plain, expected["loss"]))
 
 
-@BUG
 def test_lora_on_the_head_is_refused_or_trained(tiny_model, settings, batch, samples, by_hand):
     """The loss reads the head's weight, not its output: an adapter on it must not be passed over in silence."""
 

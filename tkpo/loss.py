@@ -52,8 +52,8 @@ def preference_loss(
     rows = mask.nonzero()[:, 0]
     probs = logits[mask].to(_sum_dtype(logits.dtype)).softmax(dim=-1)
     candidates = torch.cat([labels[mask].unsqueeze(-1), reject_tokens[mask]], dim=-1)
-    rewards = (probs.gather(-1, candidates) / tau).softmax(dim=-1)[:, 0]
-    return _reduce(rewards, rows, len(labels), reduction)
+    log_rewards = (probs.gather(-1, candidates) / tau).log_softmax(dim=-1)[:, 0]
+    return _reduce(log_rewards, rows, len(labels), reduction)
 
 
 def draw_reject_tokens(
@@ -155,7 +155,7 @@ def tkpo_loss(
             "sequences must hold the same responses"
         )
     candidates = torch.cat([gold, reject_tokens], dim=-1) if with_preference else gold
-    cross_entropy, rewards, wins = _TokenTerms.apply(hidden[mask], weight, candidates, tau, chunk_size)
+    cross_entropy, log_rewards, wins = _TokenTerms.apply(hidden[mask], weight, candidates, tau, chunk_size)
 
     present = mask.any(dim=1)
     count = present.sum().clamp_min(1) if num_sequences is None else num_sequences
@@ -163,10 +163,10 @@ def tkpo_loss(
     zero = ce.new_zeros(())
     loss, preference, reward, accuracy = ce, zero, zero, zero
     if with_preference:
-        preference = _reduce(rewards, rows, len(labels), reduction).sum() / count
+        preference = _reduce(log_rewards, rows, len(labels), reduction).sum() / count
         loss = ce + preference_weight * preference
         if len(rows):
-            reward, accuracy = rewards.mean(), wins.mean()
+            reward, accuracy = log_rewards.exp().mean(), wins.mean()
     if not len(rows):
         loss = loss + hidden.sum() * 0
     return TKPOLoss(loss, ce.detach(), preference.detach(), reward.detach(), accuracy.detach(), present.sum().detach())
@@ -200,12 +200,12 @@ def fused_reject_tokens(
 
 
 class _TokenTerms(torch.autograd.Function):
-    """Per position: cross-entropy, r_t, and whether the gold token beats every reject.
+    """Per position: cross-entropy, log r_t, and whether the gold token beats every reject.
 
     With z = W h, p = softmax(z), candidates v = (gold, rejects), s = softmax(p_v / tau), r = s_0:
 
-        d ce / d z = p - e_gold
-        d r  / d z = sum_v a_v (e_v - p),  a_v = p_v r ([v is gold] - s_v) / tau
+        d ce    / d z = p - e_gold
+        d log r / d z = sum_v a_v (e_v - p),  a_v = p_v ([v is gold] - s_v) / tau
 
     so that both gradients in h need one dense product, u = W^T p, and K + 1 rows of W. With a frozen W (LoRA)
     they are worked out in the forward pass, from the logits at hand: backward is two scalings. With a trained W
@@ -219,19 +219,19 @@ class _TokenTerms(torch.autograd.Function):
         accumulate = _sum_dtype(states.dtype)
         count = len(states)
         ce = torch.empty(count, dtype=accumulate, device=states.device)
-        reward, wins = torch.empty_like(ce), torch.empty_like(ce)
+        log_reward, wins = torch.empty_like(ce), torch.empty_like(ce)
         ce_grad, reward_grad = (torch.empty_like(states) if frozen else None for _ in range(2))
         for start in range(0, count, chunk_size):
             part = slice(start, start + chunk_size)
             log_norm, probs, picked = _chunk_probs(states[part], head, candidates[part])
-            shares = (picked / tau).softmax(dim=-1)
-            reward[part] = shares[:, 0]
+            log_shares = (picked / tau).log_softmax(dim=-1)
+            log_reward[part] = log_shares[:, 0]
             wins[part] = (picked[:, :1] > picked[:, 1:]).all(dim=-1).to(accumulate)
             ce[part] = log_norm
             if frozen:
                 rows = head[candidates[part]].to(accumulate)  # (n, K+1, H)
                 mean_row = (probs.to(states.dtype) @ head).to(accumulate)  # u
-                slopes = _reward_slopes(picked, shares, tau)
+                slopes = _reward_slopes(picked, log_shares, tau)
                 ce_grad[part] = (mean_row - rows[:, 0]).to(states.dtype)
                 mixed = torch.bmm(slopes.unsqueeze(1), rows).squeeze(1)
                 reward_grad[part] = (mixed - slopes.sum(-1, keepdim=True) * mean_row).to(states.dtype)
@@ -241,7 +241,7 @@ class _TokenTerms(torch.autograd.Function):
         else:
             ctx.save_for_backward(states, weight, candidates)
         ctx.mark_non_differentiable(wins)
-        return ce, reward, wins
+        return ce, log_reward, wins
 
     @staticmethod
     def backward(ctx, ce_scale, reward_scale, _):
@@ -256,7 +256,7 @@ class _TokenTerms(torch.autograd.Function):
         for start in range(0, len(states), ctx.chunk_size):
             part = slice(start, start + ctx.chunk_size)
             _, probs, picked = _chunk_probs(states[part], head, candidates[part])
-            slopes = _reward_slopes(picked, (picked / ctx.tau).softmax(dim=-1), ctx.tau)
+            slopes = _reward_slopes(picked, (picked / ctx.tau).log_softmax(dim=-1), ctx.tau)
             slopes = slopes * reward_scale[part].unsqueeze(-1)
             slopes[:, 0] -= ce_scale[part]  # the - e_gold of cross-entropy
             logits_grad = probs.mul_(-slopes.sum(-1, keepdim=True)).scatter_add_(-1, candidates[part], slopes)
@@ -275,20 +275,26 @@ def _chunk_probs(states: Tensor, head: Tensor, candidates: Tensor) -> tuple[Tens
     return cross_entropy, probs, probs.gather(-1, candidates)
 
 
-def _reward_slopes(picked: Tensor, shares: Tensor, tau: float) -> Tensor:
-    """a_v of `_TokenTerms`: p_v dr/dp_v, (n, K+1)."""
-    slopes = -shares[:, :1] * shares
-    slopes[:, 0] += shares[:, 0]
+def _reward_slopes(picked: Tensor, log_shares: Tensor, tau: float) -> Tensor:
+    """a_v of `_TokenTerms`: p_v d(log r)/dp_v, (n, K+1)."""
+    slopes = -log_shares.exp()
+    slopes[:, 0] += 1
     return picked * slopes / tau
 
 
-def _reduce(rewards: Tensor, rows: Tensor, batch: int, reduction: str) -> Tensor:
-    """Sequence losses (B,) from r_t at response positions; 0 for a row that has none."""
+def _reduce(log_rewards: Tensor, rows: Tensor, batch: int, reduction: str) -> Tensor:
+    """Sequence losses (B,) from log r_t at response positions; 0 for a row that has none.
+
+    From logarithms, because r_t itself underflows for a small tau.
+    """
     if reduction == "mean_log":
-        return -_sequence_mean(rewards.log(), rows, batch)
-    means = _sequence_mean(rewards, rows, batch)
+        return -_sequence_mean(log_rewards, rows, batch)
+    largest = (
+        log_rewards.detach().new_zeros(batch).scatter_reduce(0, rows, log_rewards.detach(), "amax", include_self=False)
+    )
+    means = _sequence_mean((log_rewards - largest[rows]).exp(), rows, batch)
     present = torch.zeros(batch, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)
-    return -torch.where(present, means, 1.0).log()
+    return -(torch.where(present, means, 1.0).log() + largest)
 
 
 def _sequence_mean(values: Tensor, rows: Tensor, batch: int) -> Tensor:

@@ -6,6 +6,7 @@ Qwen2ForCausalLM of the running process and returns its undo. No file of transfo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -90,6 +91,8 @@ def _forward(
     if attention_mask is not None and attention_mask.dim() != 2:
         raise TKPOError("TKPO needs a 2-D attention_mask; turn sequence packing (neat_packing) off")
     kwargs = {k: v for k, v in kwargs.items() if k not in ("use_cache", "logits_to_keep", "num_items_in_batch")}
+    if hasattr(self.lm_head, "lora_A"):
+        raise TKPOError("an adapter on lm_head would not be seen: take lm_head out of target_modules")
     weight = self.lm_head.weight
     draw = (weight, settings.num_rejects)
     rejects = None
@@ -142,6 +145,18 @@ class TKPOQwen2ForCausalLM(Qwen2ForCausalLM):
     def forward(self, input_ids=None, attention_mask=None, *args, **kwargs):
         return _forward(self, Qwen2ForCausalLM.forward, input_ids, attention_mask, *args, **kwargs)
 
+    # Trainer and generate() read there what forward takes: labels, position_ids, logits_to_keep.
+    forward.__signature__ = inspect.signature(Qwen2ForCausalLM.forward)
+
+    def save_pretrained(self, *args, **kwargs):
+        """Save as the plain Qwen2ForCausalLM it is: tools know a model by the class named in config.json."""
+        own = type(self)
+        self.__class__ = Qwen2ForCausalLM
+        try:
+            self.save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = own
+
     @classmethod
     def adopt(cls, model: Qwen2ForCausalLM, settings: TKPOSettings) -> TKPOQwen2ForCausalLM:
         """Turn a loaded Qwen2ForCausalLM into this class, in place."""
@@ -167,6 +182,7 @@ def patch_qwen2(settings: TKPOSettings) -> Callable[[], None]:
     def forward(self, input_ids=None, attention_mask=None, *args, **kwargs):
         return _forward(self, plain, input_ids, attention_mask, *args, **kwargs)
 
+    forward.__signature__ = inspect.signature(plain)
     Qwen2ForCausalLM.forward = forward
     Qwen2ForCausalLM.tkpo = settings
     Qwen2ForCausalLM.accepts_loss_kwargs = False
