@@ -21,12 +21,16 @@ COLUMNS = {
     "obeys_detail": "level",
 }
 LANGUAGES = {"en": "English", "zh": "Chinese"}
-SHOWN = ("A grandmother's button box", "Why bread rises", "城市屋顶上的菜园")  # of results/own_topics.json
+SHOWN = ("en", "zh")  # an outline by each method for the first article of these test languages
 
 
 def score_section() -> str:
     lines = []
     for axis, title in AXES.items():
+        missing = [m for m in METHODS if not (HERE / "results" / "scores" / axis / f"{m}.json").exists()]
+        if missing:
+            lines += [f"**{title.capitalize()}**: not scored yet ({', '.join(METHODS[m] for m in missing)}).", ""]
+            continue
         results = {m: _read(f"scores/{axis}/{m}.json") for m in METHODS}
         runs = {m: _read(f"runs/{axis}/{m}/metrics.json") for m in METHODS if m != "base"}
         samples = {run["samples"] for run in runs.values()}
@@ -48,11 +52,16 @@ def score_section() -> str:
 
 
 def outline_section() -> str:
-    rows = {row["topic"]: row for row in _read("own_topics.json")["topics"]}
+    results = {m: _read(f"scores/language_style/{m}.json")["samples"] for m in METHODS if m != "base"}
     lines = []
-    for topic in SHOWN:
-        row = rows[topic]
-        lines += [f"TKPO, *{row['style']}*: {topic}", "", "```", row["outlines"]["tkpo"]["outline"], "```", ""]
+    for lang in SHOWN:
+        index = next(i for i, r in enumerate(results["sft"]) if (r["lang"], r["form"]) == (lang, "article"))
+        samples = {method: rows[index] for method, rows in results.items()}
+        first = samples["sft"]
+        lines += [f"Asked for: *{first['attribute']}*, article `{first['id']}` given.", ""]
+        for method, sample in samples.items():
+            lines += [f"{METHODS[method]}:", "", "```", sample["prediction"], "```", ""]
+        lines += ["Reference:", "", "```", first["reference"], "```", ""]
     return "\n".join(lines)
 
 
