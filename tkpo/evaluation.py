@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -137,15 +136,12 @@ def evaluate(
             pass
     except OSError as error:
         raise TKPOError(f"cannot write {output}: {error.strerror or error}") from error
-    started = time.perf_counter()
     predictions = predict(generator, records, adapter, batch_size, max_new_tokens, part)
-    seconds = time.perf_counter() - started
     scores = evaluate_predictions(records, predictions, train)
     samples = scores.pop("samples")
     result = {
         "settings": settings,
         "environment": environment(),
-        "seconds": round(seconds, 1),
         "scores": scores,
         "samples": [
             {**sample, "reference": record["output"], "prediction": prediction}
