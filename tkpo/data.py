@@ -151,6 +151,11 @@ def annotate(records: list[dict], axis: Axis) -> list[dict]:
     return done
 
 
+def record_key(record: dict) -> str:
+    """What tells an annotated record from the others of its data set; the same for a sample and its pair."""
+    return f"{record['id']}/{record['attribute']}/{record['form']}"
+
+
 def entry_name(dataset: str, lang: str, split: str, pairs: bool = False) -> str:
     return f"{dataset}_{lang}_{split}" + ("_pairs" if pairs else "")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tkpo.attributes import get_axis
-from tkpo.data import annotate, load_records
+from tkpo.data import annotate, load_records, record_key
 from tkpo.errors import TKPOError
 from tkpo.generation import MAX_NEW_TOKENS, OutlineGenerator
 from tkpo.metrics import evaluate_predictions
@@ -49,15 +49,20 @@ def predict(
     max_new_tokens: int = MAX_NEW_TOKENS,
     part: Path | None = None,
     progress: bool = True,
+    adapter_source: str | None = None,
 ) -> list[str]:
     """Greedy outlines of one adapter for all records, in their order.
 
     part: a JSON Lines file that keeps what is done, so that an interrupted prediction goes on where it was; what
-    another model or adapter left there is dropped.
+    another model or adapter left there is dropped. adapter_source: tells adapters of the same name apart there.
     """
     done: dict[str, str] = {}
     if part:
-        made_by = {"model": generator.model_name, "adapter": adapter, "max_new_tokens": max_new_tokens}
+        made_by = {
+            "model": generator.model_name,
+            "adapter": adapter_source or adapter,
+            "max_new_tokens": max_new_tokens,
+        }
         rows = _read_part(part)
         if rows and rows[0] == made_by:
             done = {row["key"]: row["prediction"] for row in rows[1:]}
@@ -90,11 +95,6 @@ def _read_part(part: Path) -> list[dict]:
     return rows
 
 
-def record_key(record: dict) -> str:
-    """What tells a test record from the others of its data set."""
-    return f"{record['id']}/{record['attribute']}/{record['form']}"
-
-
 def evaluate(
     generator: OutlineGenerator,
     adapter: str,
@@ -114,7 +114,6 @@ def evaluate(
     """Predict, score, write `output`: settings, environment, predictions beside their references, scores.
 
     adapter_source: what the record of the settings calls the adapter; default its name.
-
     Returns what is written. TKPOError if `output` cannot be written, or a data set cannot be read.
     """
     records, train = test_records(dataset, axis, split, lang, limit, data_dir, axes_file)
@@ -136,7 +135,7 @@ def evaluate(
             pass
     except OSError as error:
         raise TKPOError(f"cannot write {output}: {error.strerror or error}") from error
-    predictions = predict(generator, records, adapter, batch_size, max_new_tokens, part)
+    predictions = predict(generator, records, adapter, batch_size, max_new_tokens, part, adapter_source=adapter_source)
     scores = evaluate_predictions(records, predictions, train)
     samples = scores.pop("samples")
     result = {

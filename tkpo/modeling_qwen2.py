@@ -99,7 +99,7 @@ def _forward(
     if settings.preference_weight and settings.sampler != NO_FLIP:
         if not flipped:
             if settings.flipper is None:
-                raise TKPOError("no flipped inputs were given and no flipper is set: use patch_qwen2(tokenizer, axis)")
+                raise TKPOError("no flipped inputs were given and TKPOSettings has no flipper: give it a PromptFlipper")
             flipped_input_ids, flipped_attention_mask, flipped_labels = settings.flipper.flip_batch(
                 input_ids, labels, attention_mask
             )

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, set_seed
 
 from tkpo.attributes import get_axis
-from tkpo.data import annotate, load_records, user_message
+from tkpo.data import annotate, load_records, record_key, user_message
 from tkpo.errors import TKPOError
 from tkpo.presets import base_model_hash, default_dtype, load_model, load_tokenizer, resolve_model
 from tkpo.run_config import RunConfig
@@ -122,7 +122,7 @@ def _training_records(config: RunConfig, split: str = "train") -> list[dict]:
 
 def sample_order(record: dict) -> bytes:
     """A fixed shuffle, the same for a data set and its pairs, so that every method sees the same samples."""
-    return hashlib.sha256(f"{record['id']}/{record['attribute']}/{record['form']}".encode()).digest()
+    return hashlib.sha256(record_key(record).encode()).digest()
 
 
 def _common_arguments(config: RunConfig, count: int, device: str) -> dict:
