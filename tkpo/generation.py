@@ -13,7 +13,6 @@ from peft import PeftModel
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -21,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from tkpo.data import user_message
 from tkpo.errors import TKPOError
+from tkpo.loop_guard import LoopGuard
 from tkpo.presets import load_model, load_tokenizer
 from tkpo.runs import adapter_folder, check_base
 
@@ -30,7 +30,6 @@ BASE = "base"  # the name under which the model without adapter is asked for
 PEFT_BASE = "__base__"  # PEFT's name for the same in a batch of mixed adapters
 MAX_NEW_TOKENS = 384
 MAX_PROMPT_TOKENS = 3072
-LOOP_GUARD = 6  # no run of so many tokens stands twice in an outline
 
 
 class OutlineGenerator:
@@ -53,6 +52,7 @@ class OutlineGenerator:
             raise TKPOError(f"an adapter cannot be called {BASE!r}: that is the model without one")
         self.tokenizer = load_tokenizer(model)
         self.tokenizer.padding_side = "left"
+        self.loop_guard = LoopGuard(self.tokenizer)
         self.model = load_model(model, dtype, device)
         for name, folder in folders.items():
             check_base(folder, model)
@@ -102,10 +102,9 @@ class OutlineGenerator:
     ) -> Iterator[list[str]]:
         """Yield the outlines so far, one text a record, after every token; the last yield is the whole.
 
-        temperature 0 is greedy. The same seed gives the same outlines. Ends at the end-of-turn token. Against
-        loops, a run of LOOP_GUARD tokens that an outline already has is never written again in it (the prompt
-        does not count, so that an outline may quote its article). should_stop: asked before every token.
-        Closing the iterator stops the generation too.
+        temperature 0 is greedy. The same seed gives the same outlines. Ends at the end-of-turn token. No outline
+        repeats a heading or a run of tokens of its own: see `tkpo.loop_guard`. should_stop: asked before every
+        token. Closing the iterator stops the generation too.
         """
         names = [adapters] * len(records) if isinstance(adapters, str) else list(adapters)
         if len(names) != len(records):
@@ -122,7 +121,7 @@ class OutlineGenerator:
         options = {
             "max_new_tokens": max_new_tokens,
             "do_sample": temperature > 0,
-            "logits_processor": LogitsProcessorList([_LoopGuard(batch["input_ids"].shape[1])]),
+            "logits_processor": LogitsProcessorList([_NoLoops(self.loop_guard, batch["input_ids"].shape[1])]),
             "stopping_criteria": StoppingCriteriaList(
                 [_Stop(lambda: cancelled.is_set() or bool(should_stop and should_stop()))]
             ),
@@ -199,15 +198,18 @@ class _TokenQueue(BaseStreamer):
         return self._queue.get()
 
 
-class _LoopGuard(LogitsProcessor):
-    """NoRepeatNGram on what was generated, not on the prompt."""
+class _NoLoops(LogitsProcessor):
+    """The loop guard on what was generated, row by row."""
 
-    def __init__(self, prompt_length: int):
+    def __init__(self, guard: LoopGuard, prompt_length: int):
+        self.guard = guard
         self.prompt_length = prompt_length
-        self.inner = NoRepeatNGramLogitsProcessor(LOOP_GUARD)
 
     def __call__(self, input_ids, scores):
-        return self.inner(input_ids[:, self.prompt_length :], scores)
+        scores = scores.clone()
+        for row, ids in enumerate(input_ids[:, self.prompt_length :].tolist()):
+            scores[row, list(self.guard.banned(ids))] = -torch.inf
+        return scores
 
 
 class _Stop(StoppingCriteria):
