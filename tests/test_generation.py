@@ -1,13 +1,17 @@
 """Generation on the tiny preset with adapters made here; oracles are transformers' own generate and merged weights."""
 
+import contextlib
 import itertools
+import threading
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from tkpo import generation
 from tkpo.attributes import get_axis
 from tkpo.data import make_record, user_message
+from tkpo.decoding import Decoder
 from tkpo.errors import TKPOError
 from tkpo.generation import OutlineGenerator
 from tkpo.loop_guard import RUN, LoopGuard
@@ -96,6 +100,73 @@ def test_a_text_that_would_loop_does_not(generator, records):
     assert len(rows[-1]) > 100 and len(set(runs(rows[-1]))) == len(runs(rows[-1]))
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, None])
+def test_each_yields_every_outline_once_whatever_the_batch(generator, records, batch_size):
+    rows, names = records * 2, ["one", "two", "base", "one"]
+    expected = generator.generate(rows, names, max_new_tokens=12)
+    found = list(generator.each(rows, names, max_new_tokens=12, batch_size=batch_size))
+    assert sorted(found) == list(enumerate(expected))
+    stopped = list(generator.each(rows, names, max_new_tokens=12, batch_size=batch_size, should_stop=lambda: True))
+    assert stopped == list(enumerate([""] * 4))
+
+
+@pytest.fixture(scope="module")
+def by_transformers(adapters):
+    """The same generator by transformers and PEFT, as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "fits", staticmethod(lambda model: False))
+        made = OutlineGenerator("tiny", adapters, "float32", "cpu")
+    assert not isinstance(made._decoder, Decoder)
+    return made
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_the_quick_decoder_and_transformers_write_the_same(generator, by_transformers, records, temperature):
+    rows, names = records * 2, ["one", "two", "base", "one"]
+    options = {"max_new_tokens": 24, "temperature": temperature, "seed": 3}
+    quick, slow = ([*g.stream(rows, names, **options)] for g in (generator, by_transformers))
+    assert quick == slow
+    assert [o.tokens for o in quick] == [o.tokens for o in slow] and quick[-1].tokens == [24] * 4
+    options["batch_size"] = 3
+    assert by_transformers.generate(rows, names, **options) == slow[-1]
+
+
+def test_hidden_states_and_head_give_the_logits(generator, by_transformers, adapters):
+    from peft import PeftModel
+
+    sequences = [list(b"Salt and bread"), list(b"Rain")]
+    model = PeftModel.from_pretrained(load_model("tiny", "float32", "cpu"), str(adapters["two"]))
+    for name in ("two", "base"):
+        for made in (generator, by_transformers):
+            for ids, states in zip(sequences, made.hidden_states(sequences, name), strict=True):
+                with contextlib.nullcontext() if name == "two" else model.disable_adapter():
+                    expected = model(input_ids=torch.tensor([ids])).logits[0]
+                torch.testing.assert_close(states @ made.lm_head_weight.T, expected, atol=1e-3, rtol=0)
+
+
+def test_finished_rows_are_told(generator, by_transformers, records, monkeypatch):
+    end, vocabulary = generator.tokenizer.eos_token_id, range(len(generator.lm_head_weight))
+    first = ord("A")
+
+    def banned(self, ids):  # the first row ends after three tokens
+        wanted = end if len(ids) == 3 and ids[0] == first else None
+        return {v for v in vocabulary if v != wanted} if wanted else {end}
+
+    monkeypatch.setattr(LoopGuard, "banned", banned)
+    pick = generation._Pick.__call__
+
+    def steer(self, logits, rows):
+        for logit, row in zip(logits, rows, strict=True):
+            if not self._ids[row]:
+                logit[first if row == 0 else first + 1] = 1e6
+        return pick(self, logits, rows)
+
+    monkeypatch.setattr(generation._Pick, "__call__", steer)
+    for made in (generator, by_transformers):
+        *_, last = made.stream(records, "base", max_new_tokens=6)
+        assert last.finished == [True, False] and last.tokens == [3, 6]
+
+
 def test_sampling_follows_the_seed(generator, records):
     options = {"max_new_tokens": 16, "temperature": 1.5}
     first = generator.generate(records, "one", seed=1, **options)
@@ -112,13 +183,23 @@ def test_closing_a_stream_frees_the_model(generator, records):
 
 
 def test_should_stop_ends_with_what_is_there(generator, records):
-    calls = iter([False] * 4 + [True] * 10)
-    steps = list(generator.stream(records, "one", max_new_tokens=2000, should_stop=lambda: next(calls)))
-    assert len(steps) == 6  # five tokens, and the whole
+    steps, stop = [], threading.Event()
+    for texts in generator.stream(records, "one", max_new_tokens=100_000, should_stop=stop.is_set):
+        steps.append(texts)
+        if len(steps) == 5:
+            stop.set()
+    assert len(steps) < 1000 and steps[-1].tokens[0] >= 5
+    assert steps[-1][0].startswith(steps[4][0].strip())
+
+
+def test_should_stop_is_asked_while_prompts_are_read(generator, records):
+    calls = itertools.count(1)
+    steps = list(generator.stream(records, "one", max_new_tokens=8, should_stop=lambda: next(calls) == 2))
+    assert steps == [["", ""]]  # the tiny model has two layers: stopped before the second
 
 
 def test_it_stops_at_the_end_of_turn_token(generator, records, monkeypatch):
-    vocabulary = set(range(generator.model.config.vocab_size))
+    vocabulary = set(range(len(generator.lm_head_weight)))
     only = lambda token: vocabulary - {token}  # noqa: E731
     end = generator.tokenizer.eos_token_id
     monkeypatch.setattr(LoopGuard, "banned", lambda self, ids: only(end if len(ids) == 3 else 70))

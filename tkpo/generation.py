@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -10,18 +11,22 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import (
+    AutoConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from tkpo.data import user_message
+from tkpo.decoding import Decoder
 from tkpo.errors import TKPOError
 from tkpo.loop_guard import LoopGuard
-from tkpo.presets import load_model, load_tokenizer
+from tkpo.presets import default_dtype, load_model, load_tokenizer, resolve_model
 from tkpo.runs import adapter_folder, check_base
 
 logger = logging.getLogger(__name__)
@@ -30,13 +35,24 @@ BASE = "base"  # the name under which the model without adapter is asked for
 PEFT_BASE = "__base__"  # PEFT's name for the same in a batch of mixed adapters
 MAX_NEW_TOKENS = 384
 MAX_PROMPT_TOKENS = 3072
+TOP_P = 0.95  # of sampling
+
+
+class Outlines(list):
+    """Texts, one a record. finished: which the model ended itself (list of bool). tokens: of each (list of int)."""
+
+    def __init__(self, texts: list[str], finished: list[bool], tokens: list[int]):
+        super().__init__(texts)
+        self.finished = finished
+        self.tokens = tokens
 
 
 class OutlineGenerator:
     """The base model with its adapters loaded once; `generate` and `stream` write outlines.
 
     model: preset, folder or hub id. adapters: name → run or adapter folder. "base" is always there: zero-shot.
-    One generation runs at a time; a second caller waits.
+    In float32 on a CPU the model runs by `tkpo.decoding`, elsewhere by transformers. One generation runs at a time;
+    a second caller waits.
     """
 
     def __init__(
@@ -51,21 +67,23 @@ class OutlineGenerator:
         if BASE in folders:
             raise TKPOError(f"an adapter cannot be called {BASE!r}: that is the model without one")
         self.tokenizer = load_tokenizer(model)
-        self.tokenizer.padding_side = "left"
         self.loop_guard = LoopGuard(self.tokenizer)
-        self.model = load_model(model, dtype, device)
-        for name, folder in folders.items():
+        for folder in folders.values():
             check_base(folder, model)
-            try:
-                if isinstance(self.model, PeftModel):
-                    self.model.load_adapter(str(folder), adapter_name=name)
-                else:
-                    self.model = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name)
-            except (RuntimeError, ValueError, OSError) as error:
-                raise TKPOError(f"adapter {folder} does not fit model {model}: {error}") from error
         self.adapters = (*folders, BASE)
-        self.model.eval()
+        self._decoder = _load(model, folders, dtype, device, self.tokenizer.pad_token_id)
         self._lock = threading.Lock()
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """The output head's weight, (V, H), in the dtype that it is stored in."""
+        return self._decoder.head_weight
+
+    def hidden_states(self, sequences: list[list[int]], adapter: str) -> list[Tensor]:
+        """Last hidden states, (T, H) each, of sequences of token ids under one adapter ("base": none)."""
+        names = self._names(sequences, adapter)
+        with self._lock:
+            return self._decoder.hidden_states(sequences, names)
 
     def prompt_ids(self, record: dict) -> list[int]:
         """Token ids of a record's prompt; an input of more than MAX_PROMPT_TOKENS is cut, with a warning."""
@@ -85,11 +103,41 @@ class OutlineGenerator:
         return ids(user_message({**record, "input": kept}))
 
     def generate(self, records: list[dict], adapters: str | list[str], **options) -> list[str]:
-        """Outlines for `records`, one each. `adapters`: one name for all, or one a record; options as in `stream`."""
+        """Outlines for `records`, one each. `adapters`: one name for all, or one a record; options as in `each`."""
         outlines = [""] * len(records)
-        for texts in self.stream(records, adapters, **options):
-            outlines = texts
+        for number, outline in self.each(records, adapters, **options):
+            outlines[number] = outline
         return outlines
+
+    def each(
+        self,
+        records: list[dict],
+        adapters: str | list[str],
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        seed: int = 0,
+        should_stop: Callable[[], bool] | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[tuple[int, str]]:
+        """Yield (number of the record, its whole outline) as the outlines are finished; options as in `stream`.
+
+        batch_size: so many are written at a time, default all; where one ends the next begins. When `should_stop`
+        stops it, what is there of the others comes at the end.
+        """
+        names = self._names(records, adapters)
+        ids: list[list[int]] = [[] for _ in records]
+        told = set()
+        options = (max_new_tokens, temperature, seed, should_stop, batch_size)
+        with contextlib.closing(self._steps(records, names, *options)) as steps:
+            for row, token in (pair for step in steps for pair in step.items()):
+                if token != self.tokenizer.eos_token_id:
+                    ids[row].append(token)
+                if token == self.tokenizer.eos_token_id or len(ids[row]) == max_new_tokens:
+                    told.add(row)
+                    yield row, self._text(ids[row], whole=True)
+        for row in range(len(records)):
+            if row not in told:
+                yield row, self._text(ids[row], whole=True)
 
     def stream(
         self,
@@ -99,117 +147,194 @@ class OutlineGenerator:
         temperature: float = 0.0,
         seed: int = 0,
         should_stop: Callable[[], bool] | None = None,
-    ) -> Iterator[list[str]]:
+    ) -> Iterator[Outlines]:
         """Yield the outlines so far, one text a record, after every token; the last yield is the whole.
 
-        temperature 0 is greedy. The same seed gives the same outlines. Ends at the end-of-turn token. No outline
-        repeats a heading or a run of tokens of its own: see `tkpo.loop_guard`. should_stop: asked before every
-        token. Closing the iterator stops the generation too.
+        temperature 0 is greedy; otherwise the same seed gives the same outlines. Ends at the end-of-turn token. None
+        repeats a heading or a run of tokens of its own: see `tkpo.loop_guard`. should_stop: asked before every token
+        and, while the prompts are read, before every layer. Closing the iterator stops the generation too.
         """
-        names = [adapters] * len(records) if isinstance(adapters, str) else list(adapters)
-        if len(names) != len(records):
-            raise TKPOError(f"{len(records)} records but {len(names)} adapter names")
-        unknown = sorted(set(names) - set(self.adapters))
-        if unknown:
-            raise TKPOError(f"no adapter {', '.join(unknown)}; there are: {', '.join(self.adapters)}")
+        names = self._names(records, adapters)
+        ids: list[list[int]] = [[] for _ in records]
+        finished = [False] * len(records)
+        options = (max_new_tokens, temperature, seed, should_stop)
+        with contextlib.closing(self._steps(records, names, *options)) as steps:
+            for step in steps:
+                for row, token in step.items():
+                    finished[row] = token == self.tokenizer.eos_token_id
+                    if not finished[row]:
+                        ids[row].append(token)
+                yield Outlines([self._text(row) for row in ids], list(finished), [len(row) for row in ids])
+        yield Outlines([self._text(row, whole=True) for row in ids], finished, [len(row) for row in ids])
+
+    def _steps(
+        self, records, names, max_new_tokens, temperature, seed, should_stop, batch_size=None
+    ) -> Iterator[dict[int, int]]:
+        """{row: token} of each step, written by a thread of its own, which ends with this iterator."""
         if not records:
             return
-        batch = self.tokenizer.pad({"input_ids": [self.prompt_ids(r) for r in records]}, return_tensors="pt")
-        batch = batch.to(self.model.device)
+        prompts = [self.prompt_ids(record) for record in records]
         cancelled = threading.Event()
-        tokens = _TokenQueue()
-        options = {
-            "max_new_tokens": max_new_tokens,
-            "do_sample": temperature > 0,
-            "logits_processor": LogitsProcessorList([_NoLoops(self.loop_guard, batch["input_ids"].shape[1])]),
-            "stopping_criteria": StoppingCriteriaList(
-                [_Stop(lambda: cancelled.is_set() or bool(should_stop and should_stop()))]
-            ),
-            "streamer": tokens,
-            "eos_token_id": self.tokenizer.eos_token_id,
-            "pad_token_id": self.tokenizer.pad_token_id,
-            **({"temperature": temperature, "top_p": 0.95, "top_k": 0} if temperature > 0 else {}),
-            **self._adapter_options(names),
-        }
-        worker = threading.Thread(target=self._work, args=(batch, options, seed, tokens), daemon=True)
+        steps: queue.SimpleQueue = queue.SimpleQueue()
+        pick = _Pick(self.loop_guard, len(records), temperature, seed, steps.put)
+        check = lambda: cancelled.is_set() or bool(should_stop and should_stop())  # noqa: E731
+
+        def work() -> None:
+            try:
+                with self._lock:
+                    end = self.tokenizer.eos_token_id
+                    self._decoder.decode(prompts, names, pick, end, max_new_tokens, check, batch_size)
+                steps.put(None)
+            except Exception as error:  # for the thread that reads the steps
+                steps.put(error)
+
+        worker = threading.Thread(target=work, daemon=True)
         worker.start()
-        ids: list[list[int]] = [[] for _ in records]
-        done = [False] * len(records)
         try:
-            while (step := tokens.get()) is not None:
-                for row, token in enumerate(step):
-                    done[row] |= token == self.tokenizer.eos_token_id
-                    if not done[row]:
-                        ids[row].append(token)
-                yield [self._text(row) for row in ids]
+            while isinstance(step := steps.get(), dict):
+                yield step
         finally:
             cancelled.set()
             worker.join()
-        if tokens.error:
-            raise tokens.error
-        yield [self._text(row, whole=True) for row in ids]
+        if step:
+            raise step
 
-    def _adapter_options(self, names: list[str]) -> dict:
-        """How generate is told the adapters; a batch of one adapter alone goes the quicker way."""
-        if not isinstance(self.model, PeftModel):
-            return {}
-        if set(names) == {BASE}:
-            return {"adapter_names": [PEFT_BASE] * len(names)}
-        if len(set(names)) == 1:
-            self.model.set_adapter(names[0])
-            return {}
-        return {"adapter_names": [PEFT_BASE if name == BASE else name for name in names]}
-
-    def _work(self, batch, options: dict, seed: int, tokens: _TokenQueue) -> None:
-        try:
-            with self._lock, torch.inference_mode():
-                torch.manual_seed(seed)
-                self.model.generate(**batch, **options)
-        except Exception as error:  # handed to the thread that reads the stream
-            tokens.error = error
-        finally:
-            tokens.put_end()
+    def _names(self, records: list, adapters: str | list[str]) -> list[str]:
+        """An adapter for each record."""
+        names = [adapters] * len(records) if isinstance(adapters, str) else list(adapters)
+        if len(names) != len(records):
+            raise TKPOError(f"{len(records)} records but {len(names)} adapter names")
+        if unknown := sorted(set(names) - set(self.adapters)):
+            raise TKPOError(f"no adapter {', '.join(unknown)}; there are: {', '.join(self.adapters)}")
+        return names
 
     def _text(self, ids: list[int], whole: bool = False) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text.strip() if whole else text.lstrip().rstrip("\ufffd")  # a character that is still incomplete
 
 
-class _TokenQueue(BaseStreamer):
-    """A streamer for batches: hands each step's tokens, one a row, to another thread."""
+class _Pick:
+    """Chooses each row's next token from its logits, greedily or by drawing, and tells it to `told`."""
 
-    def __init__(self):
-        self.error: Exception | None = None
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        self._prompt_seen = False
+    def __init__(self, guard: LoopGuard, rows: int, temperature: float, seed: int, told: Callable[[dict], None]):
+        self._guard = guard
+        self._ids: list[list[int]] = [[] for _ in range(rows)]
+        self._warp = [TemperatureLogitsWarper(float(temperature)), TopPLogitsWarper(TOP_P)] if temperature > 0 else []
+        # A generator a row: what a row draws does not depend on when the others end.
+        self._generators = [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+        self._told = told
 
-    def put(self, value: torch.Tensor) -> None:
-        if self._prompt_seen:
-            self._queue.put(value.flatten().tolist())
-        self._prompt_seen = True
+    def __call__(self, logits: Tensor, rows: list[int]) -> list[int]:
+        """logits: (n, V), of these rows of the batch; they are changed."""
+        for logit, row in zip(logits, rows, strict=True):
+            logit[list(self._guard.banned(self._ids[row]))] = -torch.inf
+        if self._warp:
+            for warp in self._warp:
+                logits = warp(None, logits)
+            probs = logits.float().softmax(dim=-1).cpu()
+            drawn = (torch.multinomial(p, 1, generator=self._generators[r]) for p, r in zip(probs, rows, strict=True))
+            tokens = [int(token) for token in drawn]
+        else:
+            tokens = logits.argmax(dim=-1).tolist()
+        for row, token in zip(rows, tokens, strict=True):
+            self._ids[row].append(token)
+        self._told(dict(zip(rows, tokens, strict=True)))
+        return tokens
 
-    def end(self) -> None:
-        """generate calls this at its end; the stream ends by `put_end`, when the model is free again."""
 
-    def put_end(self) -> None:
-        self._queue.put(None)
+def _load(model: str, folders: dict[str, Path], dtype, device, pad_id: int) -> Decoder | _TransformersDecoder:
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wanted = str(default_dtype(device) if dtype == "auto" else dtype).removeprefix("torch.")
+    quick = device.type == "cpu" and wanted == "float32"
+    # `Decoder` repacks the weights as they are stored: in float32 they would only take time and memory.
+    stored = AutoConfig.from_pretrained(resolve_model(model)).dtype if quick else None
+    whole = load_model(model, stored or dtype, device)
+    for name, folder in folders.items():
+        try:
+            options = {"adapter_name": name, "low_cpu_mem_usage": True}  # without random weights first
+            if isinstance(whole, PeftModel):
+                whole.load_adapter(str(folder), **options)
+            else:
+                whole = PeftModel.from_pretrained(whole, str(folder), **options)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise TKPOError(f"adapter {folder} does not fit model {model}: {error}") from error
+    whole.eval()
+    if quick and Decoder.fits(whole):
+        return Decoder(whole)
+    return _TransformersDecoder(whole.float() if quick else whole, pad_id)
 
-    def get(self) -> list[int] | None:
-        return self._queue.get()
+
+class _TransformersDecoder:
+    """What `tkpo.decoding.Decoder` does, for any model and device, by transformers and PEFT."""
+
+    def __init__(self, model, pad_id: int):
+        self.model = model
+        self.pad_id = pad_id
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.model.get_output_embeddings().weight.detach()
+
+    @torch.inference_mode()
+    def hidden_states(self, sequences: list[list[int]], adapters: list[str]) -> list[Tensor]:
+        states = []
+        for ids, name in zip(sequences, adapters, strict=True):
+            options = self._adapter_options([name])
+            tokens = torch.tensor([ids], device=self.model.device)
+            states.append(self.model(input_ids=tokens, output_hidden_states=True, **options).hidden_states[-1][0])
+        return states
+
+    @torch.inference_mode()
+    def decode(self, prompts, adapters, choose, end, max_new_tokens, check, slots=None) -> None:
+        slots = slots or len(prompts)
+        for start in range(0, len(prompts), slots):
+            part = slice(start, start + slots)
+            own = lambda logits, rows, start=start: choose(logits, [start + row for row in rows])  # noqa: E731
+            if not check():
+                self._decode(prompts[part], adapters[part], own, end, max_new_tokens, check)
+
+    def _decode(self, prompts, adapters, choose, end, max_new_tokens, check) -> None:
+        width = max(map(len, prompts))
+        rows = [[self.pad_id] * (width - len(ids)) + ids for ids in prompts]
+        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+        self.model.generate(
+            input_ids=torch.tensor(rows, device=self.model.device),
+            attention_mask=torch.tensor(mask, device=self.model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,
+            logits_processor=LogitsProcessorList([_Chosen(choose, end, len(prompts))]),
+            stopping_criteria=StoppingCriteriaList([_Stop(check)]),
+            eos_token_id=end,
+            pad_token_id=self.pad_id,
+            **self._adapter_options(adapters),
+        )
+
+    def _adapter_options(self, names: list[str]) -> dict:
+        """How the model is told the adapters; a batch of one adapter alone goes the quicker way."""
+        if not isinstance(self.model, PeftModel):
+            return {}
+        if len(set(names)) == 1 and names[0] != BASE:
+            self.model.set_adapter(names[0])
+            return {}
+        return {"adapter_names": [PEFT_BASE if name == BASE else name for name in names]}
 
 
-class _NoLoops(LogitsProcessor):
-    """The loop guard on what was generated, row by row."""
+class _Chosen(LogitsProcessor):
+    """Leaves generate no choice but the token that `choose` takes."""
 
-    def __init__(self, guard: LoopGuard, prompt_length: int):
-        self.guard = guard
-        self.prompt_length = prompt_length
+    def __init__(self, choose: Callable[[Tensor, list[int]], list[int]], end: int, rows: int):
+        self.choose = choose
+        self.end = end
+        self.rows = list(range(rows))  # those that have not ended
 
     def __call__(self, input_ids, scores):
-        scores = scores.clone()
-        for row, ids in enumerate(input_ids[:, self.prompt_length :].tolist()):
-            scores[row, list(self.guard.banned(ids))] = -torch.inf
-        return scores
+        tokens = self.choose(scores[self.rows], self.rows)
+        only = torch.full_like(scores, -torch.inf)
+        only[self.rows, tokens] = 0
+        only[[row for row in range(len(scores)) if row not in self.rows], self.end] = 0
+        self.rows = [row for row, token in zip(self.rows, tokens, strict=True) if token != self.end]
+        return only
 
 
 class _Stop(StoppingCriteria):
