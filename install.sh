@@ -20,5 +20,18 @@ command -v nvidia-smi > /dev/null || index=(--extra-index-url https://download.p
 "$venv/bin/pip" install --quiet --no-deps "${index[@]}" "$torch"  # what it needs comes with the rest
 lock=()
 "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' && lock=(--constraint requirements.lock)
-"$venv/bin/pip" install --quiet "${lock[@]}" --editable ".${1:+[$1]}"
+extras="${1:-}"
+if [[ ",$extras," == *,llamafactory,* ]]; then
+  if [ ${#index[@]} -gt 0 ]; then
+    # Its torchvision and torchaudio are linked against CUDA and break the CPU build of torch; of what it names,
+    # training on text needs, beyond tkpo's own packages, only omegaconf.
+    extras=$(tr , '\n' <<< "$extras" | { grep -vx llamafactory || true; } | paste -sd, -)
+    llamafactory=$(sed -n 's/^llamafactory = \["\(.*\)"\]$/\1/p' pyproject.toml)
+    "$venv/bin/pip" install --quiet "${lock[@]}" --no-deps "$llamafactory"
+    "$venv/bin/pip" install --quiet "${lock[@]}" omegaconf
+  else
+    lock=()  # it wants an older accelerate than the lock
+  fi
+fi
+"$venv/bin/pip" install --quiet "${lock[@]}" --editable ".${extras:+[$extras]}"
 echo "installed: $("$venv/bin/tkpo" --version) in $venv"

@@ -1,5 +1,6 @@
 """Training runs on the preset tiny: what a run leaves behind, and that a killed one ends like one left in peace."""
 
+import itertools
 import json
 import logging
 import math
@@ -20,13 +21,15 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from tkpo import runs
 from tkpo.attributes import get_axis
-from tkpo.data import make_record
+from tkpo.data import annotate, make_record
 from tkpo.errors import TKPOError
 from tkpo.presets import load_tokenizer, resolve_model
+from tkpo.run_config import CONTINUED, PAIRWISE
 from tkpo.runs import RunConfig, adapter_folder, check_base, last_checkpoint, run
+from tkpo.training import encode_record
 
 ROOT = Path(__file__).parents[1]
-METHODS = ("sft", "tkpo", "dpo")
+METHODS = ("sft", "tkpo", "dpo", "simpo", "orpo")
 STEPS = 12  # 12 samples in batches of 2, twice
 TOPICS = ("Moss after rain", "A clock in the attic", "Why bread rises", "The night bus", "Salt roads", "Owls in town")
 OUTLINES = {
@@ -56,14 +59,14 @@ def home(tmp_path_factory):
 
 
 def config(home, method, output, **changes):
-    """A run of `method` into `home/output`; dpo continues the finished run `home/sft`."""
+    """A run of `method` into `home/output`; dpo and simpo continue the finished run `home/sft`."""
     values = {
         "method": method,
-        "dataset": str(home / ("pairs.json" if method == "dpo" else "samples.json")),
+        "dataset": str(home / ("pairs.json" if method in PAIRWISE else "samples.json")),
         "axis": "language_style",
         "model": "tiny",
         "output": str(home / output),
-        "sft_adapter": str(home / "sft") if method == "dpo" else None,
+        "sft_adapter": str(home / "sft") if method in CONTINUED else None,
         "learning_rate": 2e-3,
         "lora_rank": 4,
         "epochs": 2,
@@ -139,7 +142,7 @@ def test_defaults_follow_from_the_method_and_the_data_set():
         ("method: null", ["method", "str", "None"]),
         ("- method", ["run.yaml"]),
         ("method: [", ["run.yaml"]),
-        ("method: ppo", ["'ppo'", "sft, tkpo, dpo"]),
+        ("method: ppo", ["'ppo'", "sft, tkpo, dpo, simpo, orpo"]),
         ("finetuning: qlora", ["'qlora'", "lora, full"]),
         ("epochs: 0", ["epochs", "above 0"]),
         ("batch_size: 4\nmicro_batch_size: 3", ["batch_size 4", "3"]),
@@ -205,7 +208,7 @@ def test_an_adapter_is_safetensors_alone_and_names_no_place_of_this_machine(home
 
 def test_the_methods_end_with_different_adapters_that_load(home, finished):
     adapters = {method: weights_of(home / method) for method in METHODS}
-    for one, other in (("sft", "tkpo"), ("sft", "dpo"), ("tkpo", "dpo")):
+    for one, other in itertools.combinations(METHODS, 2):
         assert any(not torch.equal(adapters[one][k], adapters[other][k]) for k in adapters[one])
     base = Qwen2ForCausalLM.from_pretrained(resolve_model("tiny"), dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(adapter_folder(home / "tkpo")))
@@ -261,12 +264,86 @@ def test_dpo_starts_from_the_sft_adapter_against_a_frozen_copy(home, finished):
     assert_same_weights(weights_of(home / "dpo-still"), weights_of(home / "sft"))
 
 
+def test_the_first_simpo_and_orpo_losses_are_those_of_their_papers(home, finished):
+    """From the plain probabilities of the model a run starts from, on one pair."""
+    pair = json.loads((home / "pairs.json").read_text())[0]
+    (home / "pair.json").write_text(json.dumps([pair]))
+    tokenizer = load_tokenizer("tiny")
+    turns = [{"role": "user", "content": pair["instruction"] + "\n" + pair["input"]}]
+    start = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    def mean_log_probability(model, response, with_prompt=False):
+        prompt, whole = (tokenizer(t, return_tensors="pt").input_ids for t in (start, start + response + "<|im_end|>"))
+        with torch.no_grad():
+            logs = model(input_ids=whole).logits.double().log_softmax(-1)[0, :-1]
+        return logs.gather(1, whole[0, 1:, None])[0 if with_prompt else prompt.shape[1] - 1 :].mean().item()
+
+    base = Qwen2ForCausalLM.from_pretrained(resolve_model("tiny"), dtype=torch.float32)
+    good, bad = (mean_log_probability(base, pair[key]) for key in ("chosen", "rejected"))
+    odds = (good - math.log1p(-math.exp(good))) - (bad - math.log1p(-math.exp(bad)))
+    options = {"dataset": str(home / "pair.json"), "batch_size": 1, "epochs": 1, "max_samples": 1}
+    run(config(home, "orpo", "orpo-one", **options))
+    # arXiv 2403.07691, equations 6 and 7; TRL takes the likelihood of the chosen text with its prompt
+    orpo = -mean_log_probability(base, pair["chosen"], True) + 0.1 * math.log1p(math.exp(-odds))
+    assert losses_of(home / "orpo-one")[0][1] == pytest.approx(orpo, abs=1e-3)
+
+    model = PeftModel.from_pretrained(base, str(adapter_folder(home / "sft"))).eval()
+    good, bad = (mean_log_probability(model, pair[key]) for key in ("chosen", "rejected"))
+    run(config(home, "simpo", "simpo-one", **options))
+    simpo = math.log1p(math.exp(-(2.0 * (good - bad) - 0.5)))  # arXiv 2405.14734, equation 6
+    assert losses_of(home / "simpo-one")[0][1] == pytest.approx(simpo, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "orpo"])
+def test_validation_logs_the_cross_entropy_of_the_validation_outlines(home, finished, monkeypatch, method):
+    """The same number by our trainer and beside TRL's, from a model that has not moved, and no step of training."""
+    records = json.loads((home / "samples.json").read_text())
+    validation = annotate(records[:3], get_axis("language_style"))
+    load = runs.load_records
+    monkeypatch.setattr(
+        runs,
+        "load_records",
+        lambda name, split, *more: validation if split == "validation" else load(name, split, *more),
+    )
+    pairwise = method in PAIRWISE
+    rows = json.loads((home / ("pairs.json" if pairwise else "samples.json")).read_text())
+    info = {f"style_en_train{'_pairs' if pairwise else ''}": {"file_name": "train.json"}}
+    folder = home / f"data-{method}"
+    folder.mkdir()
+    (folder / "train.json").write_text(json.dumps(rows[:4]))
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    still = config(
+        home,
+        method,
+        f"{method}-validated",
+        dataset="style",
+        data_dir=str(folder),
+        epochs=1,
+        learning_rate=0.0,
+        eval_steps=1,
+    )
+    run(still)
+    found = [
+        line["eval_cross_entropy"] for line in log_of(home / f"{method}-validated") if "eval_cross_entropy" in line
+    ]
+    model = Qwen2ForCausalLM.from_pretrained(resolve_model("tiny"), dtype=torch.float32)
+    if method in CONTINUED:
+        model = PeftModel.from_pretrained(model, str(adapter_folder(home / "sft"))).eval()
+    losses = []
+    for record in validation:
+        ids, length = encode_record(record, load_tokenizer("tiny"), 2048)
+        labels = torch.tensor([[-100] * length + ids[length:]])
+        with torch.no_grad():
+            losses.append(model(input_ids=torch.tensor([ids]), labels=labels).loss.item())
+    assert found == pytest.approx([sum(losses) / 3] * 2, abs=1e-4)
+
+
 # ---- killed and resumed
 
 KILLED = """
 import json, os, sys
-from tkpo.runs import RunConfig, import_dpo, run
-import_dpo()
+from tkpo.runs import RunConfig, import_trl, run
+import_trl("dpo")
 while line := sys.stdin.readline():  # a config a line; each run in a process of its own, to be killed
     child = os.fork()
     if not child:
@@ -400,7 +477,7 @@ def test_sft_needs_outputs(home):
 
 def test_max_samples_are_the_same_for_every_method():
     def chosen(method, count):
-        more = {"sft_adapter": "x"} if method == "dpo" else {}
+        more = {"sft_adapter": "x"} if method in CONTINUED else {}
         made = RunConfig(method=method, data_dir=str(ROOT / "data"), max_samples=count, **more)
         return [(r["id"], r["attribute"], r["form"]) for r in runs._training_records(made)]
 

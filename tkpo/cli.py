@@ -1,4 +1,4 @@
-"""The command line: `tkpo generate`, `train`, `evaluate`, `data`, `fetch`."""
+"""The command line: `tkpo generate`, `train`, `estimate`, `llamafactory`, `evaluate`, `data`, `fetch`."""
 
 from __future__ import annotations
 
@@ -52,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_train(commands)
+    _add_estimate(commands)
+    _add_llamafactory(commands)
     _add_evaluate(commands)
     _add_data(commands)
     _add_fetch(commands)
@@ -204,6 +206,60 @@ def _train(args) -> None:
     config = RunConfig.load(args.config, **given)
     metrics = run(config, resume=not args.restart)
     print(f"{config.output}: {json.dumps(metrics)}")
+
+
+# ---- estimate ------------------------------------------------------------------------------------------
+
+
+def _add_estimate(commands) -> None:
+    p = commands.add_parser(
+        "estimate",
+        help="say what memory full fine-tuning will need, for TKPO and DPO",
+        description="Memory of full fine-tuning in 16 bit with float32 Adam, one sample (or pair) a GPU at a time: "
+        "DeepSpeed's estimate of the model states, and the loss's own arrays, counted. No weights are read.",
+    )
+    p.add_argument("--model", default="qwen2.5-3b", help="preset, folder or hub id; default qwen2.5-3b")
+    p.add_argument("--gpus", type=int, default=8, metavar="N", help="GPUs of a node; default 8")
+    p.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
+    p.add_argument("--zero", type=int, choices=(0, 2, 3), default=3, help="ZeRO stage; default 3")
+    p.add_argument("--offload", action="store_true", help="optimizer (and ZeRO-3's parameters) in host memory")
+    p.add_argument("--length", type=int, default=4096, metavar="N", help="tokens of a sample; default 4096")
+    p.set_defaults(run=_estimate)
+
+
+def _estimate(args) -> None:
+    from tkpo.estimate import describe, estimate, table
+
+    model = describe(args.model)
+    found = estimate(model, args.gpus, args.nodes, args.zero, args.offload, args.length)
+    where = f"{args.nodes} x {args.gpus} GPUs" if args.nodes > 1 else f"{args.gpus} GPUs"
+    about = f"{where}, ZeRO-{args.zero}{' with offload' if args.offload else ''}, {args.length} tokens a sample"
+    print(table(args.model, model, found, about))
+
+
+# ---- llamafactory --------------------------------------------------------------------------------------
+
+
+def _add_llamafactory(commands) -> None:
+    p = commands.add_parser("llamafactory", help="train with LLaMA-Factory and the TKPO loss")
+    actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
+    train = actions.add_parser(
+        "train",
+        help="run a LLaMA-Factory YAML file that may have a section tkpo:",
+        description="Runs LLaMA-Factory on its own YAML file; with a section tkpo: in it, its SFT stage trains with "
+        "the TKPO loss. The same under torchrun: torchrun --nproc-per-node 8 -m tkpo.cli llamafactory train FILE",
+    )
+    train.add_argument(
+        "config", help="YAML file, or one that tkpo ships: qwen_sft_tkpo.yaml, qwen_sft.yaml, qwen_dpo.yaml"
+    )
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="go over the file's keys; tkpo.tau=0.2")
+    train.set_defaults(run=_llamafactory_train)
+
+
+def _llamafactory_train(args) -> None:
+    from tkpo.llamafactory import train
+
+    train(args.config, args.overrides)
 
 
 # ---- evaluate ------------------------------------------------------------------------------------------

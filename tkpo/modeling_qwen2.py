@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tkpo.errors import TKPOError
 from tkpo.flip import PromptFlipper
-from tkpo.loss import CHUNK_SIZE, IGNORE_INDEX, REDUCTIONS, SAMPLERS, fused_reject_tokens, tkpo_loss
+from tkpo.loss import CHUNK_SIZE, IGNORE_INDEX, REDUCTIONS, SAMPLERS, TKPOLoss, fused_reject_tokens, tkpo_loss
 
 NO_FLIP = "no_flip"
 
@@ -93,8 +93,7 @@ def _forward(
     kwargs = {k: v for k, v in kwargs.items() if k not in ("use_cache", "logits_to_keep", "num_items_in_batch")}
     if hasattr(self.lm_head, "lora_A"):
         raise TKPOError("an adapter on lm_head would not be seen: take lm_head out of target_modules")
-    weight = self.lm_head.weight
-    draw = (weight, settings.num_rejects)
+    draw = {"num_rejects": settings.num_rejects, "chunk_size": settings.chunk_size}
     rejects = None
     if settings.preference_weight and settings.sampler != NO_FLIP:
         if not flipped:
@@ -107,24 +106,41 @@ def _forward(
             states = self.model(
                 input_ids=flipped_input_ids, attention_mask=flipped_attention_mask, use_cache=False
             ).last_hidden_state
-        rejects = fused_reject_tokens(
-            states, _shift(flipped_labels), *draw, sampler=settings.sampler, chunk_size=settings.chunk_size
+        targets = _shift(flipped_labels)
+        rejects = _through_head(
+            self.lm_head, states, lambda h, w: fused_reject_tokens(h, targets, w, sampler=settings.sampler, **draw)
         )
     hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs).last_hidden_state
     if settings.preference_weight and settings.sampler == NO_FLIP:
-        rejects = fused_reject_tokens(hidden.detach(), _shift(labels), *draw, chunk_size=settings.chunk_size)
-    result = tkpo_loss(
-        hidden,
-        _shift(labels),
-        weight,
-        rejects,
-        tau=settings.tau,
-        reduction=settings.reduction,
-        preference_weight=settings.preference_weight,
-        chunk_size=settings.chunk_size,
-        num_sequences=num_sequences,
-    )
+        rejects = _through_head(
+            self.lm_head, hidden.detach(), lambda h, w: fused_reject_tokens(h, _shift(labels), w, **draw)
+        )
+    options = {name: getattr(settings, name) for name in ("tau", "reduction", "preference_weight", "chunk_size")}
+
+    def terms(h, w):
+        result = tkpo_loss(h, _shift(labels), w, rejects, num_sequences=num_sequences, **options)
+        return tuple(getattr(result, f.name) for f in fields(TKPOLoss))
+
+    result = TKPOLoss(*_through_head(self.lm_head, hidden, terms))
     return TKPOOutput(**vars(result))
+
+
+def _through_head(head: torch.nn.Module, states: Tensor, function: Callable):
+    """`function(states, head.weight)`, run as the forward of the output head.
+
+    What partitions weights (DeepSpeed ZeRO-3) gathers them in hooks around each module's forward and backward, and
+    takes their gradients there: called this way, the head is gathered while the loss needs it, tied to the
+    embedding or not. The hooks see tensors and tuples of tensors only.
+    """
+    own = vars(head).get("forward")
+    head.forward = lambda states: function(states, head.weight)
+    try:
+        return head(states)
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
 
 
 def _shift(labels: Tensor) -> Tensor:

@@ -10,15 +10,19 @@ import yaml
 
 from tkpo.errors import TKPOError
 
-METHODS = ("sft", "tkpo", "dpo")
-LEARNING_RATES = {"sft": 2e-4, "tkpo": 2e-4, "dpo": 1e-5}  # for adapters, where the config gives none
+METHODS = ("sft", "tkpo", "dpo", "simpo", "orpo")
+PAIRWISE = ("dpo", "simpo", "orpo")  # trained by TRL on the file of pairs
+CONTINUED = ("dpo", "simpo")  # go on from an SFT adapter; the others start from the base
+# for adapters, where the config gives none:
+LEARNING_RATES = {"sft": 2e-4, "tkpo": 2e-4, "dpo": 1e-5, "simpo": 1e-5, "orpo": 2e-4}
+BETAS = {"simpo": 2.0}  # of the others 0.1
 
 
 @dataclass
 class RunConfig:
     """What a run is; every field is a flag of `tkpo train` and a key of its YAML file."""
 
-    method: str = field(default="tkpo", metadata={"help": "sft, tkpo or dpo"})
+    method: str = field(default="tkpo", metadata={"help": "sft, tkpo, dpo, simpo or orpo"})
     dataset: str = field(default="language_style", metadata={"help": "name in dataset_info.json, or a JSON file"})
     model: str = field(default="qwen2.5-coder-0.5b", metadata={"help": "preset, local folder or hub id"})
     output: str | None = field(default=None, metadata={"help": "folder of the run; default runs/METHOD-DATASET-SEED"})
@@ -27,17 +31,17 @@ class RunConfig:
     data_dir: str | None = field(default=None, metadata={"help": "folder with dataset_info.json; default data"})
     lang: str | None = field(default=None, metadata={"help": "en or zh; default both"})
     max_samples: int | None = field(default=None, metadata={"help": "train on so many samples, chosen by hash"})
-    sft_adapter: str | None = field(default=None, metadata={"help": "dpo: the run or adapter it continues"})
+    sft_adapter: str | None = field(default=None, metadata={"help": "dpo, simpo: the run or adapter they continue"})
 
     finetuning: str = field(default="lora", metadata={"help": "lora or full"})
     lora_rank: int = field(default=8, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=16, metadata={"help": "scale of the adapter"})
 
     epochs: float = field(default=1.0, metadata={"help": "passes over the samples"})
-    batch_size: int = field(default=8, metadata={"help": "samples (dpo: pairs) an optimizer step"})
+    batch_size: int = field(default=8, metadata={"help": "samples (or pairs) an optimizer step"})
     micro_batch_size: int = field(default=1, metadata={"help": "samples a forward pass"})
     learning_rate: float | None = field(
-        default=None, metadata={"help": "peak; default 2e-4 for sft and tkpo, 1e-5 for dpo; full: a tenth of that"}
+        default=None, metadata={"help": "peak; default 2e-4 for sft, tkpo, orpo, 1e-5 for dpo, simpo; full: a tenth"}
     )
     scheduler: str = field(default="cosine", metadata={"help": "learning rate schedule"})
     warmup: float = field(default=0.05, metadata={"help": "share of the steps that warms up"})
@@ -53,10 +57,12 @@ class RunConfig:
     num_rejects: int = field(default=20, metadata={"help": "tkpo: K"})
     sampler: str = field(default="multinomial", metadata={"help": "tkpo: multinomial, gumbel, topk, uniform, no_flip"})
     reduction: str = field(default="log_mean", metadata={"help": "tkpo: log_mean or mean_log"})
-    beta: float = field(default=0.1, metadata={"help": "dpo: beta"})
+    beta: float | None = field(
+        default=None, metadata={"help": "dpo, simpo: beta, orpo: lambda; default 0.1, simpo 2.0"}
+    )
 
     save_steps: int = field(default=20, metadata={"help": "optimizer steps between checkpoints"})
-    eval_steps: int = field(default=0, metadata={"help": "sft, tkpo: steps between validations; 0: none"})
+    eval_steps: int = field(default=0, metadata={"help": "steps between validations; 0: none"})
 
     def __post_init__(self):
         for name, choices in (("method", METHODS), ("finetuning", ("lora", "full"))):
@@ -67,16 +73,22 @@ class RunConfig:
                 raise TKPOError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.batch_size % self.micro_batch_size:
             raise TKPOError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
-        if self.method == "dpo" and not self.sft_adapter and self.finetuning == "lora":
-            raise TKPOError("dpo continues an SFT adapter: give --sft-adapter RUN_FOLDER (train one with --method sft)")
-        if self.sft_adapter and (self.method != "dpo" or self.finetuning == "full"):
-            raise TKPOError("sft_adapter is for dpo with lora; with full fine-tuning the SFT model itself is --model")
+        if self.method in CONTINUED and not self.sft_adapter and self.finetuning == "lora":
+            raise TKPOError(
+                f"{self.method} continues an SFT adapter: give --sft-adapter RUN_FOLDER (train one with --method sft)"
+            )
+        if self.sft_adapter and (self.method not in CONTINUED or self.finetuning == "full"):
+            raise TKPOError(
+                "sft_adapter is for dpo and simpo with lora; with full fine-tuning the SFT model itself is --model"
+            )
         if self.eval_steps and Path(self.dataset).suffix in (".json", ".jsonl"):
             raise TKPOError("eval_steps needs a data set of dataset_info.json, with its validation file: not a file")
         if self.output is None:
             self.output = f"runs/{self.method}-{Path(self.dataset).stem}-{self.seed}"
         if self.axis is None:
             self.axis = Path(self.dataset).stem
+        if self.beta is None:
+            self.beta = BETAS.get(self.method, 0.1)
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATES[self.method] / (10 if self.finetuning == "full" else 1)
 

@@ -1,4 +1,4 @@
-"""One training run from a config to a folder: SFT, TKPO or DPO, an adapter or a whole model, resumable.
+"""One training run from a config to a folder: SFT, TKPO, DPO, SimPO or ORPO, an adapter or a whole model, resumable.
 
 The folder holds config.json, environment.json, log.jsonl, metrics.json, the checkpoints while it runs, and
 `model/`: the adapter (or model) itself.
@@ -31,13 +31,16 @@ from transformers import TrainerCallback, set_seed
 
 from tkpo.attributes import get_axis
 from tkpo.data import annotate, load_records, record_key, user_message
+from tkpo.distributed import check_launch, deepspeed_file, join, parameter_count, precision, whole_state
 from tkpo.errors import TKPOError
-from tkpo.presets import base_model_hash, default_dtype, load_model, load_tokenizer, resolve_model
-from tkpo.run_config import RunConfig
-from tkpo.training import TKPOConfig, TKPOTrainer
+from tkpo.loss import IGNORE_INDEX
+from tkpo.presets import DTYPES, base_model_hash, default_dtype, load_model, load_tokenizer, resolve_model
+from tkpo.run_config import PAIRWISE, RunConfig
+from tkpo.training import TKPOConfig, TKPOTrainer, encode_dataset
 
 logger = logging.getLogger(__name__)
 
+SIMPO_GAMMA = 0.5  # margin; TRL's default, within the range of the SimPO paper (arXiv 2405.14734)
 RESUMABLE = ("epochs", "save_steps", "eval_steps", "output")  # may differ when a run is resumed
 
 
@@ -52,27 +55,31 @@ def run(config: RunConfig, resume: bool = True) -> dict:
     """
     out = Path(config.output)
     main_process = int(os.environ.get("RANK", 0)) == 0
-    if not resume and main_process and (out / "config.json").exists():
-        shutil.rmtree(out)
-    _check_same_run(config, out)
-    if (out / "metrics.json").exists():
-        logger.warning("%s is finished already; --restart trains it again", out)
-        return json.loads((out / "metrics.json").read_text())
-    out.mkdir(parents=True, exist_ok=True)
-    records = _training_records(config)
-    if main_process:
-        _write_json(out / "config.json", asdict(config))
-        _write_json(out / "environment.json", environment())
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_launch(config.deepspeed)
+    launch = join(device, _deepspeed(config), _dtype(config, device), config.output)
+    with launch.main_process_first(local=False):
+        if not resume and main_process and (out / "config.json").exists():
+            shutil.rmtree(out)
+        _check_same_run(config, out)
+        if (out / "metrics.json").exists():
+            logger.warning("%s is finished already; --restart trains it again", out)
+            return json.loads((out / "metrics.json").read_text())
+        records = _training_records(config)
+        if main_process:
+            out.mkdir(parents=True, exist_ok=True)
+            _write_json(out / "config.json", asdict(config))
+            _write_json(out / "environment.json", environment())
 
     set_seed(config.seed)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = config.dtype
-    if config.finetuning == "full" and dtype == "auto" and default_dtype(device) != torch.bfloat16:
-        dtype = "float32"  # full fine-tuning needs master weights where there is no bfloat16
-    model, tokenizer = load_model(config.model, dtype, device), load_tokenizer(config.model)
+    model, tokenizer = load_model(config.model, _dtype(config, device), device), load_tokenizer(config.model)
     base_hash = base_model_hash(resolve_model(config.model))
-    trainer = (_dpo_trainer if config.method == "dpo" else _tkpo_trainer)(config, model, tokenizer, records, device)
+    pairwise = config.method in PAIRWISE
+    trainer = (_pairwise_trainer if pairwise else _tkpo_trainer)(config, model, tokenizer, records, device)
     trainer.add_callback(_LogFile(out / "log.jsonl"))
+    if pairwise and config.eval_steps:
+        validation = encode_dataset(_training_records(config, "validation"), tokenizer, None, config.max_length)
+        trainer.add_callback(_Validation(trainer, validation, config.eval_steps))
     checkpoint = last_checkpoint(out)
     done = int(Path(checkpoint).name.split("-")[1]) if checkpoint else 0
     started = time.perf_counter()
@@ -89,7 +96,7 @@ def run(config: RunConfig, resume: bool = True) -> dict:
         "samples": len(records),
         "seconds_a_step": round(seconds / max(1, trainer.state.global_step - done), 4),
         "peak_memory_mib": peak_memory_mib(),
-        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "trainable_parameters": parameter_count(trainer.model),
     }
     if main_process:
         _write_json(out / "metrics.json", metrics)
@@ -112,7 +119,7 @@ def _check_same_run(config: RunConfig, out: Path) -> None:
 
 def _training_records(config: RunConfig, split: str = "train") -> list[dict]:
     axis = get_axis(config.axis, config.axes_file)
-    pairs = config.method == "dpo"
+    pairs = config.method in PAIRWISE and split == "train"
     records = load_records(config.dataset, split, config.lang, pairs, config.data_dir)
     records = annotate(records, axis)
     if config.max_samples and config.max_samples < len(records):
@@ -123,6 +130,20 @@ def _training_records(config: RunConfig, split: str = "train") -> list[dict]:
 def sample_order(record: dict) -> bytes:
     """A fixed shuffle, the same for a data set and its pairs, so that every method sees the same samples."""
     return hashlib.sha256(record_key(record).encode()).digest()
+
+
+def _dtype(config: RunConfig, device: str) -> torch.dtype:
+    """What the base model is loaded in."""
+    if config.dtype != "auto":
+        return DTYPES.get(config.dtype, config.dtype)
+    default = default_dtype(device)
+    if config.finetuning == "full" and default != torch.bfloat16 and not config.deepspeed:
+        return torch.float32  # without DeepSpeed's master weights, float16 does not train
+    return default
+
+
+def _deepspeed(config: RunConfig) -> str | None:
+    return deepspeed_file(config.deepspeed) if config.deepspeed else None
 
 
 def _common_arguments(config: RunConfig, count: int, device: str) -> dict:
@@ -148,10 +169,9 @@ def _common_arguments(config: RunConfig, count: int, device: str) -> dict:
         "save_total_limit": 2,
         "seed": config.seed,
         "use_cpu": device == "cpu",
-        "bf16": False,
-        "fp16": False,
+        **precision(config.deepspeed, _dtype(config, device)),
         "gradient_checkpointing": config.gradient_checkpointing,
-        "deepspeed": config.deepspeed,
+        "deepspeed": _deepspeed(config),
         "report_to": "none",
         "dataloader_pin_memory": device != "cpu",
         "max_length": config.max_length,
@@ -181,11 +201,14 @@ def _tkpo_trainer(config: RunConfig, model, tokenizer, records, device: str) -> 
     return TKPOTrainer(model, args, records, validation, processing_class=tokenizer, peft_config=_lora(config))
 
 
-def _dpo_trainer(config: RunConfig, model, tokenizer, records, device: str):
-    """TRL's DPOTrainer, continuing the SFT adapter against a frozen copy of it."""
+def _pairwise_trainer(config: RunConfig, model, tokenizer, records, device: str):
+    """TRL's trainer of a pairwise method.
+
+    dpo and simpo continue the SFT adapter, dpo against a frozen copy of it; orpo starts from the base.
+    """
     from datasets import Dataset
 
-    DPOConfig, DPOTrainer = import_dpo()
+    Config, Trainer = import_trl(config.method)
     rows = []
     for record in records:
         messages = [{"role": "user", "content": user_message(record)}]
@@ -193,32 +216,35 @@ def _dpo_trainer(config: RunConfig, model, tokenizer, records, device: str):
         rows.append({"prompt": prompt, "chosen": record["chosen"], "rejected": record["rejected"]})
     if not hasattr(model, "warnings_issued"):
         model.warnings_issued = {}  # transformers 5 dropped it, TRL 0.24 writes to it
-    wanted = {
-        **_common_arguments(config, len(records), device),
-        "beta": config.beta,
-        "max_prompt_length": None,
-        "use_logits_to_keep": True,
-    }
-    if config.finetuning == "lora":
+    known = {f.name for f in dataclasses.fields(Config)}  # newer TRL has fewer knobs and these defaults
+    wanted = {**_common_arguments(config, len(records), device), "beta": config.beta}
+    if config.method == "dpo":
+        wanted |= {"max_prompt_length": None, "use_logits_to_keep": True}
+    else:  # TRL 0.24 cuts the prompt of a pair that is too long, newer TRL the responses
+        wanted |= {"max_prompt_length": config.max_length * 3 // 4, "truncation_mode": "keep_start"}
+    if config.method == "simpo":
+        wanted |= {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": SIMPO_GAMMA}
+    peft = {}
+    if config.method == "orpo":
+        peft = {"peft_config": _lora(config)}
+    elif config.finetuning == "lora":
         adapter = adapter_folder(config.sft_adapter)
         check_base(adapter, config.model)
         # of a checkpoint with two adapters, Trainer loads only the one in a sub-folder: the frozen copy
         start = last_checkpoint(Path(config.output)) or adapter
         model = PeftModel.from_pretrained(model, str(start), is_trainable=True)
-        model.load_adapter(str(adapter), adapter_name="reference")
-        model.set_adapter("default")  # loading a frozen adapter froze this one too
+        if "ref_adapter_name" in known:  # else TRL makes the frozen copy itself, or the method needs none
+            model.load_adapter(str(adapter), adapter_name="reference")
+            model.set_adapter("default")  # loading a frozen adapter froze this one too
+            wanted |= {"model_adapter_name": "default", "ref_adapter_name": "reference"}
         for adapter_config in model.peft_config.values():  # else PEFT asks the hub for the preset at each checkpoint
             adapter_config.base_model_name_or_path = str(resolve_model(config.model))
-        wanted |= {"model_adapter_name": "default", "ref_adapter_name": "reference"}
-    known = {f.name for f in dataclasses.fields(DPOConfig)}  # newer TRL has fewer knobs and these defaults
-    if "ref_adapter_name" not in known and config.finetuning == "lora":
-        model.delete_adapter("reference")  # newer TRL makes the frozen copy itself
-    args = DPOConfig(**{key: value for key, value in wanted.items() if key in known})
-    return DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    args = Config(**{key: value for key, value in wanted.items() if key in known})
+    return Trainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **peft)
 
 
-def import_dpo() -> tuple[type, type]:
-    """TRL's DPOConfig and DPOTrainer.
+def import_trl(method: str) -> tuple[type, type]:
+    """TRL's config and trainer for a pairwise method: dpo, simpo (a loss of CPO) or orpo.
 
     TRL 0.24 asks transformers which optional packages there are and takes the answer for a bool; transformers 5
     answers (False, None), which is true, so that TRL then imports packages nobody has installed.
@@ -227,14 +253,25 @@ def import_dpo() -> tuple[type, type]:
     for name, value in vars(import_utils).items():
         if name.endswith("_available") and isinstance(value, tuple):
             setattr(import_utils, name, value[0])
-    from trl import DPOConfig, DPOTrainer
-
-    return DPOConfig, DPOTrainer
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    name = {"dpo": "DPO", "simpo": "CPO", "orpo": "ORPO"}[method]
+    try:
+        place = importlib.import_module("trl")
+        return getattr(place, f"{name}Config"), getattr(place, f"{name}Trainer")
+    except AttributeError:  # newer TRL keeps only dpo there
+        place = importlib.import_module(f"trl.experimental.{name.lower()}")
+        return getattr(place, f"{name}Config"), getattr(place, f"{name}Trainer")
 
 
 def last_checkpoint(out: Path) -> str | None:
-    """The newest checkpoint that was written to its end, or None."""
-    complete = [p for p in out.glob("checkpoint-*") if _is_json(p / "trainer_state.json")]
+    """The newest checkpoint that was written to its end, by every process of this run, or None."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    states = [f"rng_state_{rank}.pth" for rank in range(world)] if world > 1 else []
+    complete = [
+        p
+        for p in out.glob("checkpoint-*")
+        if _is_json(p / "trainer_state.json") and all((p / name).is_file() for name in states)
+    ]
     newest = max(complete, key=lambda p: int(p.name.split("-")[1]), default=None)
     return str(newest) if newest else None
 
@@ -269,6 +306,28 @@ class _LogFile(TrainerCallback):
                 file.write(json.dumps(line) + "\n")
 
 
+class _Validation(TrainerCallback):
+    """Every so many steps the mean cross-entropy of the validation outlines, as TKPOTrainer logs it, for TRL's."""
+
+    def __init__(self, trainer, rows, steps: int):
+        self.trainer, self.rows, self.steps = trainer, rows, steps
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.steps:
+            return
+        started, losses = time.perf_counter(), []
+        model.eval()
+        with torch.no_grad():
+            for row in self.rows:
+                ids, labels = (torch.tensor([row[key]], device=model.device) for key in ("input_ids", "labels"))
+                kept = int((labels != IGNORE_INDEX).sum())
+                logits = model(input_ids=ids, logits_to_keep=kept + 1).logits[0, :-1]
+                losses.append(torch.nn.functional.cross_entropy(logits.float(), labels[0, -kept:]).item())
+        model.train()
+        seconds = round(time.perf_counter() - started, 3)
+        self.trainer.log({"eval_cross_entropy": round(sum(losses) / len(losses), 6), "eval_runtime": seconds})
+
+
 # ---- adapters ------------------------------------------------------------------------------------------
 
 
@@ -282,10 +341,11 @@ def _save(trainer, tokenizer, folder: Path, config: RunConfig, base_hash: str) -
         saved = json.loads((folder / "config.json").read_text())
         _write_json(folder / "config.json", {**saved, "architectures": ["Qwen2ForCausalLM"]})
         return
+    state = whole_state(trainer)
     if int(os.environ.get("RANK", 0)):
         return
     model = trainer.accelerator.unwrap_model(trainer.model)
-    model.save_pretrained(folder, selected_adapters=["default"])
+    model.save_pretrained(folder, selected_adapters=["default"], state_dict=state)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card, with paths of this machine in it
     weights = folder / "adapter_model.safetensors"  # at half the size: the adapter's own noise is far coarser
     save_file({k: v.to(torch.bfloat16) for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
