@@ -1,4 +1,4 @@
-"""Outlines by TKPO for twenty topics that are not in the corpus → results/own_topics.json.
+"""Outlines by SFT, DPO and TKPO for twenty topics that are not in the corpus → results/own_topics.json.
 
     python paper/own_topics.py
 
@@ -17,7 +17,7 @@ from tkpo.outline import is_valid, obeys_detail, parse
 from tkpo.runs import environment
 
 HERE = Path(__file__).parent
-METHODS = ("tkpo",)  # "sft" and "dpo" can be added, for three times the work
+METHODS = ("sft", "dpo", "tkpo")
 MAX_NEW_TOKENS = 224
 TOPICS = {
     ("language_style", "literary"): (

@@ -36,8 +36,7 @@ def score_section() -> str:
         samples = {run["samples"] for run in runs.values()}
         assert len(samples) == 1, f"{axis}: the methods were trained on different numbers of samples: {samples}"
         lines += [
-            f"**{title.capitalize()}** (each method trained on the same {samples.pop()} samples, English and Chinese "
-            "together)",
+            f"**{title.capitalize()}** ({samples.pop()} samples, the same for every method, both languages together)",
             "",
             "| | | n | " + " | ".join(COLUMNS.values()) + " |",
             "| --- | --- |" + " ---: |" * (len(COLUMNS) + 1),

@@ -1,0 +1,1 @@
+"""Grids of runs, their stored results, and the tables and figures made from them."""

@@ -1,0 +1,213 @@
+"""Experiments: presets, grids of runs read from YAML, and the configuration of each run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from tkpo.data import load_records
+from tkpo.errors import TKPOError
+from tkpo.run_config import CONTINUED, METHODS, RunConfig
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+PRESET = "qwen2.5-coder-0.5b"  # the one whose tables and figures the project shows
+BASE = "base"  # the model as it is, zero-shot
+# Fields of a RunConfig that say how a run is done, not what it is.
+HOW = ("output", "sft_adapter", "device", "data_dir", "axes_file", "micro_batch_size", "gradient_checkpointing")
+HOW += ("deepspeed", "save_steps", "eval_steps")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A base model with what its runs have in common: one entry of presets.yaml."""
+
+    name: str
+    model: str
+    datasets: dict[str, dict]
+    train: dict = field(default_factory=dict)
+    methods: dict[str, dict] = field(default_factory=dict)
+    seeds: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run and its evaluation: a method on a data set, with one seed.
+
+    settings: what differs from the preset, as sorted (key, value) pairs. share: of the preset's samples.
+    """
+
+    dataset: str
+    method: str
+    seed: int
+    settings: tuple = ()
+    share: float = 1.0
+    split: str = "test"
+
+    @property
+    def name(self) -> str:
+        parts = [
+            self.method,
+            *(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.settings),
+        ]
+        if self.share != 1:
+            parts.append(f"share={self.share:g}")
+        if self.split != "test":
+            parts.append(self.split)
+        return f"{self.dataset}/{'-'.join(parts)}-seed{self.seed}"
+
+    @property
+    def sft(self) -> Run | None:
+        """The SFT run that this one continues, if it does."""
+        if self.method not in CONTINUED:
+            return None
+        return Run(self.dataset, "sft", self.seed, share=self.share)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One file of experiments: every method (and variant of it) × data set × seed."""
+
+    name: str
+    title: str
+    serves: tuple[str, ...]
+    datasets: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    share: float = 1.0
+    split: str = "test"
+    variants: dict[str, list[dict]] = field(default_factory=dict)
+    tuned_by: dict | None = None
+
+    def runs(self, preset: Preset, seeds: list[int] | None = None) -> list[Run]:
+        """Its runs, in order. `seeds` (or the preset's) takes the place of its own; zero-shot has one run."""
+        if self.tuned_by:
+            raise TKPOError(f"the runs of grid {self.name} depend on the results of {self.tuned_by['grid']}")
+        made = []
+        for seed in seeds or preset.seeds or self.seeds:
+            for dataset in self.datasets:
+                for method in self.methods:
+                    for variant in self.variants.get(method, [{}]):
+                        run = self.run(preset, dataset, method, seed, variant)
+                        if method != BASE or seed == (seeds or preset.seeds or self.seeds)[0]:
+                            made.append(run)
+        return made
+
+    def run(self, preset: Preset, dataset: str, method: str, seed: int, variant: dict) -> Run:
+        base = {**asdict(RunConfig(method="sft")), **preset.train, **preset.methods.get(method, {})}
+        settings = {}
+        for key, value in variant.items():
+            if times := re.fullmatch(r"x([0-9.]+)", str(value)):
+                value = float(times[1]) * float(base[key])
+            settings[key] = float(f"{value:.6g}") if isinstance(value, float) else value
+        return Run(
+            dataset, method, 0 if method == BASE else seed, tuple(sorted(settings.items())), self.share, self.split
+        )
+
+
+def load_preset(name: str, folder: Path = FOLDER) -> Preset:
+    """The entry `name` of presets.yaml; TKPOError lists the entries there are."""
+    table = _read(folder / "presets.yaml")
+    if name not in table:
+        raise TKPOError(f"no preset {name!r} in {folder / 'presets.yaml'}; there are: {', '.join(table)}")
+    try:
+        return Preset(name, **table[name])
+    except TypeError as error:
+        raise TKPOError(f"{folder / 'presets.yaml'}, {name}: {error}") from error
+
+
+def preset_names(folder: Path = FOLDER) -> list[str]:
+    return list(_read(folder / "presets.yaml"))
+
+
+def load_grids(folder: Path = FOLDER) -> dict[str, Grid]:
+    """Every grid by its name, in the order in which their runs are to be done: that of the file names."""
+    grids = {}
+    for path in sorted(folder.glob("*.yaml")):
+        if path.name == "presets.yaml":
+            continue
+        table = _read(path)
+        try:
+            values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+            grid = Grid(name=path.stem, **values)
+        except TypeError as error:
+            raise TKPOError(f"{path}: {error}") from error
+        unknown = [m for m in grid.methods if m not in (BASE, *METHODS)]
+        if unknown:
+            raise TKPOError(f"{path}: no method {unknown[0]!r}; there are: {', '.join((BASE, *METHODS))}")
+        if not 0 < grid.share <= 1:
+            raise TKPOError(f"{path}: share must be above 0 and at most 1, not {grid.share}")
+        if grid.tuned_by and grid.tuned_by.get("grid") not in grids:
+            raise TKPOError(f"{path}: tuned_by names no grid that comes before it: {grid.tuned_by.get('grid')!r}")
+        grids[path.stem] = grid
+    if not grids:
+        raise TKPOError(f"no experiments (*.yaml) in {folder}")
+    return grids
+
+
+def _read(path: Path) -> dict:
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TKPOError(f"cannot read experiments {path}: {error}") from error
+    if not isinstance(table, dict):
+        raise TKPOError(f"{path}: expected keys and values")
+    return table
+
+
+def run_config(run: Run, preset: Preset, **how) -> RunConfig | None:
+    """The training configuration of a run; None for zero-shot. how: fields such as output and sft_adapter."""
+    if run.method == BASE:
+        return None
+    values = {**preset.train, **preset.methods.get(run.method, {})}
+    values["max_samples"] = sample_count(run, preset)
+    values |= dict(run.settings)
+    values |= {"method": run.method, "dataset": run.dataset, "model": preset.model, "seed": run.seed}
+    if run.method in CONTINUED and values.get("finetuning", "lora") == "lora":
+        values["sft_adapter"] = str(run.sft.name)
+    return RunConfig.load(**{**values, **how})
+
+
+def sample_count(run: Run, preset: Preset) -> int | None:
+    """How many samples the run trains on; None is all of them."""
+    count = _dataset(run, preset).get("max_samples")
+    if run.share == 1:
+        return count
+    if count is None:
+        count = _count(run.dataset, preset.train.get("lang"))
+    return max(1, round(run.share * count))
+
+
+@cache
+def _count(dataset: str, lang: str | None) -> int:
+    return len(load_records(dataset, "train", lang))
+
+
+def evaluation(run: Run, preset: Preset) -> dict:
+    """What decides the predictions of a run, beside its training."""
+    entry = _dataset(run, preset)
+    limits = {key: entry[key] for key in ("limit", "max_new_tokens")}
+    return {
+        "model": preset.model,
+        "dataset": run.dataset,
+        "split": run.split,
+        "lang": preset.train.get("lang"),
+        **limits,
+    }
+
+
+def _dataset(run: Run, preset: Preset) -> dict:
+    if run.dataset not in preset.datasets:
+        raise TKPOError(f"preset {preset.name} says nothing about data set {run.dataset}: add it to presets.yaml")
+    return preset.datasets[run.dataset]
+
+
+def what_it_is(config: RunConfig | dict | None) -> dict | None:
+    """The fields of a configuration that decide the trained weights."""
+    if config is None:
+        return None
+    values = config if isinstance(config, dict) else asdict(config)
+    return {key: value for key, value in values.items() if key not in HOW}

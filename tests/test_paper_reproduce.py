@@ -1,0 +1,625 @@
+"""paper/reproduce.py: stored runs become tables and figures, missing runs are made, nothing is copied or mixed up."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from rouge_score.rouge_scorer import RougeScorer
+
+from tkpo.data import load_records
+from tkpo.errors import TKPOError
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "paper"))
+
+from reproduction import grid, tables  # noqa: E402
+from reproduction.store import Store  # noqa: E402
+
+PRESET = "qwen2.5-coder-0.5b"
+SCRIPT = str(ROOT / "paper" / "reproduce.py")
+
+
+def reproduce(*arguments, cwd=ROOT, **more):
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=570, **more)
+
+
+@pytest.fixture(scope="module")
+def grids():
+    return grid.load_grids()
+
+
+@pytest.fixture(scope="module")
+def preset():
+    return grid.load_preset(PRESET)
+
+
+def record_of(run, preset, predict, seconds=2.0, cpu="AMD EPYC"):
+    """A stored run as the runner writes it, whose predictions are `predict(test record)`."""
+    config = grid.run_config(run, preset)
+    wanted = grid.evaluation(run, preset)
+    rows = []
+    for lang in ("en", "zh"):
+        rows += load_records(run.dataset, run.split, lang)[: wanted["limit"]]
+    environment = {"cpu": cpu, "cores": 2, "gpus": [], "revision": "abc"}
+    training = {"seconds_a_step": seconds, "steps": 10, "samples": 20, "peak_memory_mib": 1000.0}
+    return {
+        "format": 1,
+        "name": run.name,
+        "config": config and {k: v for k, v in vars(config).items() if k not in ("output", "sft_adapter")},
+        "environment": environment,
+        "training": training,
+        "adapter_sha256": None,
+        "log": [{"step": s, "eval_cross_entropy": 3 - 0.1 * s, "eval_runtime": 0.5} for s in (5, 10)],
+        "evaluation": wanted,
+        "predictions": [
+            {k: r[k] for k in ("id", "lang", "attribute", "form")}
+            | {"reference": r["output"], "prediction": predict(r)}
+            for r in rows
+        ],
+    }
+
+
+def perfect(record):
+    return record["output"]
+
+
+def blank(record):
+    return ""
+
+
+def first_line(record):
+    return record["output"].split("\n")[0]
+
+
+@pytest.fixture
+def stored(tmp_path, preset):
+    """Writes the records of some runs and returns their store."""
+    store = Store(tmp_path / "results", preset)
+
+    def write(**predictions):
+        for method, predict in predictions.items():
+            for dataset in ("language_style", "level_of_detail"):
+                run = grid.Run(dataset, method, 0)
+                store.add(run, record_of(run, preset, predict))
+        return store
+
+    return write
+
+
+def cell(folder, number, *where, column):
+    """The cell of a written CSV table whose row begins with `where`."""
+    rows = list(csv.reader((folder / f"table{number}.csv").read_text().splitlines()))
+    header = rows[0]
+    for row in rows:
+        if tuple(row[: len(where)]) == where:
+            return row[header.index(column)]
+    raise AssertionError(f"no row {where}")
+
+
+# ---- experiments
+
+
+def test_every_run_of_every_preset_has_a_valid_configuration_and_a_name_of_its_own(grids):
+    for name in grid.preset_names():
+        preset, seen = grid.load_preset(name), {}
+        for one in grids.values():
+            if one.tuned_by:
+                continue
+            for run in one.runs(preset):
+                config = grid.run_config(run, preset)
+                assert (config is None) == (run.method == "base")
+                assert seen.setdefault(run.name, run) == run, "two runs share a file"
+                if config:
+                    assert (config.method, config.seed, config.dataset) == (run.method, run.seed, run.dataset)
+
+
+def test_methods_see_the_same_samples_and_are_evaluated_alike(grids, preset):
+    for dataset in ("language_style", "level_of_detail"):
+        runs = [r for n in ("1-main", "6-simpo-orpo") for r in grids[n].runs(preset) if r.dataset == dataset]
+        assert {run.method for run in runs} == {"base", "sft", "tkpo", "dpo", "simpo", "orpo"}
+        configs = [grid.run_config(run, preset) for run in runs if run.method != "base"]
+        for name in ("max_samples", "batch_size", "lora_rank", "lora_alpha", "max_length"):
+            assert len({getattr(c, name) for c in configs}) == 1, name
+        for continued in (False, True):  # from the base, or from the SFT run
+            assert len({c.epochs for c in configs if bool(c.sft_adapter) == continued}) == 1
+        assert len({str(grid.evaluation(run, preset)) for run in runs}) == 1
+
+
+def test_dpo_and_tkpo_get_the_same_number_of_tries_on_validation(grids, preset):
+    runs = grids["4-tuning"].runs(preset)
+    assert {run.split for run in runs} == {"validation"}
+    for dataset in ("language_style", "level_of_detail"):
+        counts = [sum((r.method, r.dataset) == (m, dataset) for r in runs) for m in ("dpo", "tkpo")]
+        assert counts == [4, 4]
+    rates = {grid.run_config(run, preset).learning_rate for run in runs if run.method == "dpo"}
+    main = grid.run_config(grid.Run("language_style", "dpo", 0), preset).learning_rate
+    assert sorted(rates) == pytest.approx([main / 4, main])
+
+
+def test_the_ablations_cover_what_they_promise(grids, preset):
+    settings = [dict(run.settings) for run in grids["3-ablations"].runs(preset)]
+    assert {} in settings and {"preference_weight": 0} in settings and {"reduction": "mean_log"} in settings
+    assert {s["sampler"] for s in settings if "sampler" in s} == {"no_flip", "gumbel", "topk", "uniform"}
+    assert {s["num_rejects"] for s in settings if "num_rejects" in s} | {20} == {1, 5, 20, 50}
+    assert all(len(s) <= 1 for s in settings)
+    assert grid.run_config(grids["3-ablations"].runs(preset)[0], preset).max_samples == round(
+        preset.datasets["language_style"]["max_samples"] / 4
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("title: [", "mine.yaml"),
+        ("- a", "mine.yaml"),
+        ("titel: x", "titel"),
+        ("{title: x, serves: [], datasets: [], methods: [ppo], seeds: [0]}", "ppo"),
+        ("{title: x, serves: [], datasets: [], methods: [], seeds: [0], share: 0}", "share"),
+        ("{title: x, serves: [], datasets: [], methods: [], seeds: [0], tuned_by: {grid: none}}", "none"),
+    ],
+)
+def test_a_wrong_grid_says_what_is_wrong(tmp_path, text, part):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(TKPOError, match=re.escape(part)) as error:
+        grid.load_grids(tmp_path)
+    assert "mine.yaml" in str(error.value)
+
+
+# ---- tables
+
+
+def test_table_2_scores_the_stored_predictions(stored, grids, tmp_path):
+    store = stored(tkpo=first_line, dpo=blank, sft=perfect)
+    tables.write(tables.table2(tables.Results(store, grids)), tmp_path)
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    records = load_records("language_style", "test", "en")[: store.preset.datasets["language_style"]["limit"]]
+    for ours, theirs in (("R-1", "rouge1"), ("R-L", "rougeL")):
+        values = [100 * scorer.score(r["output"], first_line(r))[theirs].fmeasure for r in records]
+        found = cell(tmp_path, 2, "language style", "English", "TKPO", column=ours)
+        assert found == f"{statistics.mean(values):.1f}"
+    for language in ("English", "Chinese"):
+        assert cell(tmp_path, 2, "level of detail", language, "SFT", column="R-2") == "100.0"
+        assert cell(tmp_path, 2, "level of detail", language, "SFT", column="valid") == "100.0"
+        assert cell(tmp_path, 2, "level of detail", language, "DPO", column="BLEU-4") == "0.0"
+        assert cell(tmp_path, 2, "language style", language, "SFT", column="seeds") == "1 of 3"
+        assert cell(tmp_path, 2, "language style", language, "ORPO", column="R-1") == "†"
+    text = (tmp_path / "table2.md").read_text()
+    assert "python paper/reproduce.py --run --table 2" in text and "+19.28" in text
+
+
+def test_a_changed_prediction_changes_the_table(stored, grids, preset):
+    store = stored(tkpo=perfect)
+    before = tables.csv_text(tables.table2(tables.Results(store, grids)))
+    path = store.path(grid.Run("language_style", "tkpo", 0))
+    record = json.loads(path.read_text())
+    record["predictions"][0]["prediction"] = "1. Something else"
+    path.write_text(json.dumps(record))
+    fresh = Store(store.folder.parent, preset)
+    assert tables.csv_text(tables.table2(tables.Results(fresh, grids))) != before
+
+
+def test_seeds_give_a_mean_and_its_spread(stored, grids, preset, tmp_path):
+    store = stored(tkpo=perfect)
+    second = grid.Run("language_style", "tkpo", 1)
+    store.add(second, record_of(second, preset, blank))
+    tables.write(tables.table2(tables.Results(store, grids)), tmp_path)
+    assert cell(tmp_path, 2, "language style", "English", "TKPO", column="R-1") == "50.0 ± 70.7"
+    assert cell(tmp_path, 2, "language style", "English", "TKPO", column="seeds") == "2 of 3"
+
+
+def test_gains_and_verdicts_follow_the_interval(stored, grids):
+    results = tables.Results(stored(tkpo=perfect, dpo=first_line, sft=perfect), grids)
+    lines = [line for line in tables.findings(results).splitlines() if line.startswith("| language style | English")]
+    against_dpo, against_sft = (line.split(" | ") for line in lines)
+    assert "R-1" in against_dpo[3] and "R-1" not in against_dpo[5]
+    assert against_sft[3] == "–" and "R-1 +0.0" in against_sft[4]
+    assert "loses" in tables.findings(results).splitlines()[0]
+    gains = {row[2]: row for row in tables.table2(results).blocks[1].rows if row[:2] == ["language style", "English"]}
+    assert gains["TKPO over SFT"][3] == "+0.0 [+0.0, +0.0]"
+    low, high = map(float, re.findall(r"[+-][0-9.]+", gains["TKPO over DPO"][3].split("[")[1]))
+    assert 0 < low <= high
+    assert gains["TKPO, tuned over DPO, tuned"][3] == "†"
+
+
+def test_a_record_made_with_other_settings_does_not_count(stored, grids, preset, caplog):
+    store = stored(tkpo=perfect)
+    path = store.path(grid.Run("language_style", "tkpo", 0))
+    record = json.loads(path.read_text())
+    record["config"]["max_samples"] = 48
+    path.write_text(json.dumps(record))
+    fresh = Store(store.folder.parent, preset)
+    assert fresh.get(grid.Run("language_style", "tkpo", 0)) is None
+    assert str(path) in caplog.text and "max_samples 48" in caplog.text
+    assert fresh.get(grid.Run("level_of_detail", "tkpo", 0))
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"config": null}', '{"config": null, "evaluation": {}, "predictions": [1]}']
+)
+def test_a_broken_record_is_named(tmp_path, preset, text):
+    store = Store(tmp_path, preset)
+    run = grid.Run("language_style", "sft", 0)
+    store.path(run).parent.mkdir(parents=True)
+    store.path(run).write_text(text)
+    with pytest.raises(TKPOError, match=r"sft-seed0\.json"):
+        store.get(run)
+
+
+def test_tuning_chooses_on_validation_and_waits_until_all_tries_are_there(grids, preset, tmp_path):
+    store = Store(tmp_path, preset)
+    tuned = grids["5-tuned"]
+    tries = grids["4-tuning"].runs(preset)
+    best = {
+        (d, m): [r for r in tries if (r.dataset, r.method) == (d, m)][2] for d in tuned.datasets for m in tuned.methods
+    }
+    for run in tries[:-1]:
+        store.add(run, record_of(run, preset, perfect if run in best.values() else first_line))
+    assert store.tuned(tuned, grids) is None
+    store.add(tries[-1], record_of(tries[-1], preset, blank))
+    found = store.tuned(tuned, grids)
+    assert {(r.dataset, r.method): r.settings for r in found} == {key: run.settings for key, run in best.items()}
+    assert all(r.split == "test" and r.share == 1 for r in found)
+
+
+def test_asking_for_other_seeds_leaves_the_tries_of_the_tuning_as_they_are(grids, preset, tmp_path):
+    results = tables.Results(Store(tmp_path, preset), grids, seeds=[7])
+    runs = {one.name: runs for one, runs in results.serving("table 2")}
+    assert {run.seed for run in runs["4-tuning"]} == {0}
+    assert {run.seed for run in runs["1-main"]} == {0, 7}  # zero-shot has no seed
+    assert all(run.seed == 7 for run in runs["1-main"] if run.method != "base")
+
+
+def test_an_english_preset_has_no_chinese_rows(grids, tmp_path):
+    results = tables.Results(Store(tmp_path, grid.load_preset("small")), grids)
+    languages = {row[1] for block in tables.table2(results).blocks for row in block.rows}
+    assert languages == {"English", ""}
+
+
+def test_the_sft_run_comes_before_the_run_that_continues_it(preset, tmp_path):
+    from reproduction.runner import _with_sft
+
+    store = Store(tmp_path, preset)
+    sft, dpo = (grid.Run("language_style", method, 5) for method in ("sft", "dpo"))
+    assert _with_sft(store, dpo, tmp_path, [dpo, sft]) == [(sft, False), (dpo, False)]
+    assert _with_sft(store, dpo, tmp_path, [dpo]) == [(sft, True), (dpo, False)]
+    (tmp_path / sft.name).mkdir(parents=True)
+    (tmp_path / sft.name / "metrics.json").write_text("{}")
+    assert _with_sft(store, dpo, tmp_path, [dpo]) == [(dpo, False)]
+
+
+def test_costs_of_two_machines_are_never_compared(stored, grids, preset):
+    store = stored(sft=perfect, tkpo=perfect)
+    gpu = grid.Run("language_style", "dpo", 0)
+    store.add(gpu, record_of(gpu, preset, perfect, seconds=0.1, cpu="another"))
+    found = {
+        b.caption: b.rows for b in tables.table3(tables.Results(store, grids)).blocks if b.caption.startswith("Whole")
+    }
+    assert len(found) == 2
+    header = next(b.header for b in tables.table3(tables.Results(store, grids)).blocks if b.caption in found)
+    for caption, rows in found.items():
+        for row in rows:
+            assert row[header.index("pipeline × DPO")] == "†", (caption, row)
+    row = next(r for rows in found.values() for r in rows if r[:2] == ["language style", "TKPO"])
+    assert float(row[header.index("s to train")]) == 2.0 * 10 - 2 * 0.5  # without validation
+
+
+def test_the_pipeline_of_dpo_has_its_sft_run_in_it(stored, grids):
+    results = tables.Results(stored(sft=perfect, tkpo=perfect, dpo=perfect), grids)
+    block = next(b for b in tables.table3(results).blocks if b.caption.startswith("Whole"))
+    rows = {row[1]: row for row in block.rows if row[0] == "language style"}
+    whole, ratio = block.header.index("s whole pipeline"), block.header.index("pipeline × DPO")
+    assert float(rows["DPO"][whole]) == 2 * float(rows["TKPO"][whole])
+    assert (rows["DPO"][ratio], rows["TKPO"][ratio]) == ("1.00", "0.50")
+
+
+def test_table_3_reads_the_benchmark(stored, grids):
+    store = stored(sft=perfect)
+    methods = [
+        {
+            "key": k,
+            "label": k.upper(),
+            "median": m,
+            "quartiles": [m, m],
+            "tokens_per_second": 9,
+            "peak_memory_mib": 1,
+            "peak_process_mib": 2,
+        }
+        for k, m in (("tkpo", 1.0), ("dpo", 2.5))
+    ]
+    methods.append({"key": "llamafactory_sft", "label": "LF", "error": "absent"})
+    bench = {
+        "model": PRESET,
+        "finetuning": "lora",
+        "batch_size": 1,
+        "tokens": {"mean": 400},
+        "ratios": {"tkpo/dpo": 0.43},
+    }
+    bench |= {"machine": {"processor": "CPU", "threads": 2, "gpu": None}, "methods": methods}
+    folder = store.folder.parent / "benchmark"
+    folder.mkdir()
+    (folder / "x.json").write_text(json.dumps(bench))
+    (folder / "loss-head.json").write_text("{}")
+    block = tables.table3(tables.Results(store, grids)).blocks[0]
+    rows = {row[0]: dict(zip(block.header, row, strict=True)) for row in block.rows}
+    assert set(rows) == {"TKPO", "DPO"}
+    assert (rows["TKPO"]["× DPO"], rows["TKPO"]["× DPO counted"]) == ("0.43", "0.50")
+    assert rows["TKPO"]["× DPO published"] == "0.5625"
+
+
+def test_table_1_counts_the_files(grids, preset, tmp_path):
+    tables.write(tables.table1(tables.Results(Store(tmp_path, preset), grids)), tmp_path)
+    raw = json.loads((ROOT / "data" / "language_style" / "train.zh.json").read_text())
+    for attribute in ("literary", "objective"):
+        own = [r for r in raw if r["attribute"] == attribute]
+        where = ("language style", "Chinese", "train", attribute)
+        assert cell(tmp_path, 1, *where, column="samples") == str(len(own))
+        assert cell(tmp_path, 1, *where, column="topic only") == str(sum(r["form"] == "topic" for r in own))
+        lines = [len(r["output"].split("\n")) for r in own]
+        assert cell(tmp_path, 1, *where, column="headings") == f"{statistics.mean(lines):.1f}"
+
+
+def test_latex_is_balanced_and_escaped(stored, grids):
+    text = tables.latex(tables.table2(tables.Results(stored(sft=perfect), grids)))
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
+    body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len({line.count(" & ") for line in body if "R-1" in line or "SFT" in line}) <= 2
+    assert not re.search(r"(?<!\\)[%_#]", "\n".join(body))
+
+
+# ---- figures and the whole script
+
+NO_TORCH = """
+import socket, sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers"):
+            raise ImportError(f"no {name} here")
+sys.meta_path.insert(0, NoTorch())
+def refuse(*a, **k): raise OSError("no network here")
+socket.socket.connect = refuse
+sys.path.insert(0, sys.argv[1]); sys.argv[1:2] = []
+import reproduce
+sys.exit(reproduce.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory, preset):
+    """Every table and figure of some stored runs, made twice, without torch and network."""
+    folder = tmp_path_factory.mktemp("paper")
+    store = Store(folder / "results", preset)
+    for dataset in ("language_style", "level_of_detail"):
+        for method, predict in (("sft", perfect), ("tkpo", perfect), ("dpo", first_line)):
+            run = grid.Run(dataset, method, 0)
+            store.add(run, record_of(run, preset, predict))
+    for name in ("one", "two"):
+        command = [sys.executable, "-c", NO_TORCH, str(ROOT / "paper"), "--all", "--format", "md"]
+        command += ["--results", str(folder / "results"), "--output", str(folder / name)]
+        env = {**os.environ, "PYTHONHASHSEED": {"one": "1", "two": "2"}[name]}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=500)
+        assert done.returncode == 0, done.stderr
+        assert "Glyph" not in done.stderr and "missing from font" not in done.stderr
+        time.sleep(1.1)  # so that a date in a file would show
+    return folder
+
+
+def test_every_table_and_figure_is_made_the_same_twice(everything):
+    names = {str(p.relative_to(everything / "one")) for p in (everything / "one").rglob("*.*")}
+    figures = {
+        f"figures/{n}.{e}"
+        for n in ("figure1-en", "figure1-zh", "figure2", "figure3", "figure4")
+        for e in ("png", "pdf")
+    }
+    assert names == figures | {f"tables/table{n}.{e}" for n in range(1, 6) for e in ("md", "csv", "tex")}
+    for name in names:
+        assert (everything / "one" / name).read_bytes() == (everything / "two" / name).read_bytes(), name
+
+
+def test_pdfs_hold_no_date_and_figures_are_not_empty(everything):
+    from matplotlib import image
+
+    for path in (everything / "one" / "figures").iterdir():
+        data = path.read_bytes()
+        assert not re.search(rb"CreationDate|ModDate|tIME", data), path
+        if path.suffix == ".png":
+            assert image.imread(path)[..., :3].std() > 0.02, path
+
+
+def test_the_font_has_every_chinese_character_of_the_corpus():
+    from matplotlib.ft2font import FT2Font
+    from reproduction.figures import FONT
+
+    known = set(FT2Font(str(FONT)).get_charmap())
+    for path in (ROOT / "data" / "corpus").glob("zh-*.jsonl"):
+        missing = {c for c in path.read_text() if ord(c) > 32} - set(map(chr, known))
+        assert not missing, path
+
+
+def test_the_projects_own_tables_are_those_of_its_results(tmp_path):
+    done = reproduce("--table", 1, 2, 3, 4, 5, "--format", "md", "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for path in (tmp_path / "tables").iterdir():
+        assert path.read_bytes() == (ROOT / "paper" / "tables" / path.name).read_bytes(), (
+            f"{path.name} is not what the results give: run python paper/reproduce.py --all"
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["--table"]),
+        (["--all", "--preset", "huge"], ["'huge'", "qwen2.5-3b"]),
+        (["--run", "--only", "language_style/ppo-seed0"], ["ppo-seed0", "--list"]),
+        (["--only", "x"], ["--run"]),
+        (["--import-run", "x"], ["--predictions"]),
+        (["--import-run", "none", "--predictions", "none.json"], ["none.json"]),
+        (["--all", "--experiments", "/none"], ["/none"]),
+    ],
+)
+def test_wrong_arguments_are_explained(arguments, parts):
+    done = reproduce(*arguments)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for part in parts:
+        assert part in done.stderr
+
+
+# ---- making runs, on the preset tiny
+
+
+@pytest.fixture(scope="module")
+def experiments(tmp_path_factory):
+    """A folder of experiments as small as can be, of the same kinds as the project's."""
+    folder = tmp_path_factory.mktemp("experiments")
+    tiny = yaml.safe_load((grid.FOLDER / "presets.yaml").read_text())["tiny"]
+    tiny["datasets"] = {"language_style": {"max_samples": 4, "limit": 1, "max_new_tokens": 8}}
+    tiny["train"]["eval_steps"] = 0
+    (folder / "presets.yaml").write_text(yaml.safe_dump({"tiny": tiny}))
+    common = {"datasets": ["language_style"], "seeds": [0]}
+    for name, values in {
+        "1-main": {"serves": ["table 2", "table 3", "figure 4"], "methods": ["base", "sft", "tkpo", "dpo"]},
+        "2-tuning": {
+            "serves": ["table 2"],
+            "methods": ["tkpo"],
+            "split": "validation",
+            "variants": {"tkpo": [{"tau": 0.15}, {"tau": 0.5}]},
+        },
+        "3-tuned": {"serves": ["table 2"], "methods": ["tkpo"], "tuned_by": {"grid": "2-tuning", "score": "rouge-l"}},
+    }.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"title": name, **common, **values}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory, experiments, tiny_folder):
+    """Runs the script on these experiments; `folder` keeps what it leaves."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    env = {**os.environ, "TKPO_CACHE": str(tiny_folder.parents[1]), "OMP_NUM_THREADS": "1"}
+
+    def go(*arguments, **more):
+        options = ["--preset", "tiny", "--experiments", experiments, "--results", folder]
+        return reproduce(*options, *arguments, env=env, **more)
+
+    go.folder, go.env, go.records = folder, env, folder / "tiny" / "language_style"
+    return go
+
+
+def digests(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.json")}
+
+
+def test_from_nothing_to_tables_survives_being_killed(pipeline, experiments):
+    command = [sys.executable, SCRIPT, "--preset", "tiny", "--experiments", str(experiments)]
+    command += ["--results", str(pipeline.folder), "--run", "--table", "2"]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=pipeline.env,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    give_up = time.monotonic() + 400
+    while not (pipeline.records / "sft-seed0.json").exists():
+        assert process.poll() is None and time.monotonic() < give_up
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = digests(pipeline.records)
+    assert before and "dpo-seed0.json" not in before
+
+    done = pipeline("--run", "--table", "2", "3", "--figure", "4", "--format", "md")
+    assert done.returncode == 0, done.stderr
+    after = digests(pipeline.records)
+    assert {name: after[name] for name in before} == before, "a stored run was made again"
+    methods = {name.split("-")[0] for name in after}
+    assert methods == {"base", "sft", "tkpo", "dpo"}
+    assert sum("validation" in name for name in after) == 2
+    assert sum("tau=" in name and "validation" not in name for name in after) == 1
+    text = (pipeline.folder / "tiny" / "tables" / "table2.md").read_text()
+    rows = [r.split(" | ") for r in text.splitlines() if r.startswith("| language style | English")]
+    for name in ("zero-shot", "SFT", "DPO", "TKPO", "TKPO, tuned"):
+        row = next(r for r in rows if r[2] == name)
+        assert row[3] == "1 of 1" and "†" not in row, row
+    record = json.loads((pipeline.records / "dpo-seed0.json").read_text())
+    assert record["continues"] == "language_style/sft-seed0" and record["training"]["samples"] == 4
+    assert record["environment"]["revision"] and record["training"]["peak_memory_mib"] > 0
+    assert "scores" not in record and str(pipeline.folder) not in json.dumps(record)
+
+
+def test_a_deleted_result_alone_is_made_again(pipeline):
+    if not (pipeline.records / "dpo-seed0.json").exists():
+        pytest.fail("the pipeline did not finish")
+    before = digests(pipeline.records)
+    old = json.loads((pipeline.records / "tkpo-seed0.json").read_text())
+    (pipeline.records / "tkpo-seed0.json").unlink()
+    assert "missing: language_style/tkpo-seed0" in pipeline("--list", "--table", "2").stdout
+    done = pipeline("--run", "--table", "2", "--format", "csv")
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"\[\d+/\d+\] (\S+)\n", done.stderr) == ["language_style/tkpo-seed0"]
+    new = json.loads((pipeline.records / "tkpo-seed0.json").read_text())
+    assert new["training"]["seconds"] != old["training"]["seconds"], "it was not trained again"
+    assert new["predictions"] == old["predictions"]
+    after = digests(pipeline.records)
+    assert {n: d for n, d in after.items() if n != "tkpo-seed0.json"} == {
+        n: d for n, d in before.items() if n != "tkpo-seed0.json"
+    }
+    assert "nothing to run" in pipeline("--run", "--only", "language_style/tkpo-seed0").stderr
+
+
+def test_a_run_of_the_tkpo_commands_is_imported(pipeline, tmp_path):
+    from tkpo.evaluation import evaluate
+    from tkpo.generation import OutlineGenerator
+
+    if not (pipeline.records / "dpo-seed0.json").exists():
+        pytest.fail("the pipeline did not finish")
+    folder = pipeline.folder / "runs" / "tiny" / "language_style" / "sft-seed0"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TKPO_CACHE", pipeline.env["TKPO_CACHE"])
+        generator = OutlineGenerator("tiny", {"adapter": folder}, "float32", "cpu")
+        for name, count in (("right", 8), ("wrong", 9)):
+            output = tmp_path / f"{name}.json"
+            evaluate(
+                generator,
+                "adapter",
+                output,
+                "language_style",
+                limit=1,
+                max_new_tokens=count,
+                adapter_source=str(folder),
+            )
+    made = json.loads((pipeline.records / "sft-seed0.json").read_text())
+    (pipeline.records / "sft-seed0.json").unlink()
+    done = pipeline("--import-run", folder, "--predictions", tmp_path / "wrong.json")
+    assert done.returncode == 2 and "max_new_tokens 9" in done.stderr and "Traceback" not in done.stderr
+    done = pipeline("--import-run", "base", "--predictions", tmp_path / "right.json")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    done = pipeline("--import-run", folder, "--predictions", tmp_path / "right.json")
+    assert done.returncode == 0 and done.stdout.strip().endswith("sft-seed0.json")
+    imported = json.loads((pipeline.records / "sft-seed0.json").read_text())
+    for key in ("config", "training", "log", "adapter_sha256", "predictions"):
+        assert imported[key] == made[key], key
+
+
+def test_a_run_that_fails_names_its_log(experiments, pipeline, tmp_path):
+    broken = tmp_path / "experiments"
+    shutil.copytree(experiments, broken)
+    table = yaml.safe_load((broken / "presets.yaml").read_text())
+    table["tiny"]["train"]["max_length"] = 8
+    (broken / "presets.yaml").write_text(yaml.safe_dump(table))
+    command = ("--preset", "tiny", "--experiments", broken, "--results", tmp_path / "results", "--run")
+    done = reproduce(*command, "--only", "language_style/sft-seed0", env=pipeline.env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "max_length 8" in done.stderr and "sft-seed0.log" in done.stderr
+    assert not list((tmp_path / "results").rglob("*-seed0.json"))
