@@ -1,0 +1,150 @@
+"""How quick the app is on this machine, and how quick it could be: `python app/benchmark.py`, on an idle machine.
+
+Measures, through the service that the page uses: seconds to the first words of all three columns and to three
+outlines of 100 tokens, from a bare topic and with an article; and beside them the machine's own limits. Writing a
+token reads every weight once, so its limit is memory bandwidth; reading a prompt multiplies every weight with every
+prompt token, so its limit is arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from app.main import adapter_folders  # noqa: E402
+from app.service import OutlineService  # noqa: E402
+
+TOPIC = "How coral reefs bleach and recover"
+TARGETS = {"topic_first_words": 2.0, "article_first_words": 6.0, "topic_100_tokens": 15.0}  # seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="qwen2.5-coder-0.5b")
+    parser.add_argument("--adapters", nargs="+", metavar="[AXIS/]METHOD=FOLDER")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=ROOT / "app" / "benchmark.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    load = os.getloadavg()[0]
+    limits = {"read_gb_per_s": read_bandwidth(), "gflops": matrix_gflops()}
+    service = OutlineService(args.model, adapter_folders(args.adapters), args.dtype).start()
+    while not service.ready:
+        if service.error:
+            raise SystemExit(service.error)
+        time.sleep(0.2)
+    service._classified.wait()
+    article = (ROOT / "app" / "examples" / "lalibela.txt").read_text(encoding="utf-8").strip()
+    runs = {}
+    for name, given in (("topic", {"topic": TOPIC}), ("article", {"topic": "Lalibela", "article": article})):
+        query = service.check(**given, style="comprehensive", length=100)
+        prompt = len(service.generator.prompt_ids(query.record()))
+        measured = [measure(service, query) for _ in range(args.repeats + 1)][1:]
+        runs[name] = {"prompt_tokens": prompt, "repeats": args.repeats} | {
+            key: {"median": statistics.median(m[key] for m in measured), "worst": max(m[key] for m in measured)}
+            for key in ("first_words", "all", "tokens", "seconds_a_step")
+        }
+    weights = body_and_head(args.model)
+    bounds = {
+        "weights_a_step_gb": sum(weights) / 1e9,
+        "step_by_bandwidth": sum(weights) / 1e9 / limits["read_gb_per_s"],
+        "topic_prompt_by_arithmetic": prompt_seconds(runs["topic"], weights[0], limits["gflops"]),
+        "article_prompt_by_arithmetic": prompt_seconds(runs["article"], weights[0], limits["gflops"]),
+    }
+    reached = {
+        "topic_first_words": runs["topic"]["first_words"]["median"],
+        "article_first_words": runs["article"]["first_words"]["median"],
+        "topic_100_tokens": runs["topic"]["all"]["median"],
+    }
+    result = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": args.threads, "load_before": load},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "model": args.model,
+        "runtime": type(service.generator._decoder).__module__ + "." + type(service.generator._decoder).__name__,
+        "runs": runs,
+        "limits": limits,
+        "bounds": bounds,
+        "targets": {key: {"seconds": TARGETS[key], "reached": value} for key, value in reached.items()},
+    }
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def measure(service: OutlineService, query) -> dict:
+    """Seconds from the click to words in every column and to the end; tokens of all columns; seconds a step."""
+    began, first, steps = time.monotonic(), None, []
+    for update in service.read(service.compare(query)):
+        now = time.monotonic()
+        if update.columns and all(c.text for c in update.columns):
+            first = first or now - began
+            steps.append(now)
+    tokens = sum(len(service.generator.tokenizer(c.text)["input_ids"]) for c in update.columns)
+    pace = (steps[-2] - steps[0]) / max(1, len(steps) - 2) if len(steps) > 2 else 0.0
+    return {"first_words": first or now - began, "all": now - began, "tokens": tokens, "seconds_a_step": pace}
+
+
+def read_bandwidth(size: int = 1 << 28) -> float:
+    """GB read from memory a second, by summing 1 GiB of float32, the best of five."""
+    numbers, best = torch.ones(size), 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        numbers.sum()
+        best = max(best, 4 * size / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def matrix_gflops(rows: int = 512, width: int = 896, out: int = 4864) -> float:
+    """10⁹ operations a second of a float32 product of this model's largest shape, the best of ten."""
+    a, b, best = torch.rand(rows, width), torch.rand(out, width), 0.0
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ b.T
+        best = max(best, 2 * rows * width * out / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def body_and_head(model: str) -> tuple[int, int]:
+    """Bytes of the weights that one step reads, as they are stored: layers, and output head."""
+    from safetensors import safe_open
+
+    from tkpo.presets import resolve_model
+
+    body = head = 0
+    for file in resolve_model(model).glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118: not a dict
+                tensor = weights.get_tensor(name)
+                if "lm_head" in name:
+                    head += tensor.nbytes
+                elif "embed" not in name:
+                    body += tensor.nbytes
+    return body, head
+
+
+def prompt_seconds(run: dict, body_bytes: int, gflops: float, columns: int = 3) -> float:
+    """Two operations a weight (of two bytes) and prompt token, for every column's own prompt."""
+    return 2 * body_bytes / 2 * run["prompt_tokens"] * columns / (gflops * 1e9)
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

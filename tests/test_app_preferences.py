@@ -1,0 +1,169 @@
+"""Token preferences against a plain computation with transformers alone, in float64; and their HTML."""
+
+import html.parser
+import json
+import math
+
+import pytest
+import torch
+
+from app import render
+from app.paper import paper_page
+from app.preferences import NUM_REJECTS, TAU, token_preferences
+from app.service import Column, Query
+from tkpo.attributes import get_axis
+from tkpo.data import make_record, user_message
+from tkpo.generation import OutlineGenerator
+from tkpo.presets import load_model, load_tokenizer
+
+OUTLINE = "1. Salt & 海\n2. <b>Bread</b>"
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return OutlineGenerator("tiny", {}, "float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def result(generator):
+    record = make_record(get_axis("language_style"), "literary", "Salt", lang="en")
+    return token_preferences(generator, record, OUTLINE, "base", seed=3)
+
+
+def plain(attribute):
+    """(n, V) probabilities of the outline's tokens and the end of turn, by transformers in float64."""
+    model, tokenizer = load_model("tiny", "float64", "cpu"), load_tokenizer("tiny")
+    record = make_record(get_axis("language_style"), attribute, "Salt", lang="en")
+    chat = [{"role": "user", "content": user_message(record)}]
+    prompt = tokenizer(
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True), add_special_tokens=False
+    )["input_ids"]
+    response = [*tokenizer(OUTLINE, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0]
+    return logits[len(prompt) - 1 : -1].softmax(-1), response
+
+
+def test_probabilities_and_rewards_are_those_of_the_method(result):
+    p, response = plain("literary")
+    q, _ = plain("objective")  # the flipped prompt, made from its record and not by the flipper
+    tokens = result["tokens"]
+    assert len(tokens) == len(response)
+    tokenizer = load_tokenizer("tiny")
+    ids = {}  # a reject's name → token id
+    for i in range(len(tokenizer)):
+        name = tokenizer.decode([i])
+        ids[tokenizer.convert_ids_to_tokens(i) if "\ufffd" in name else name] = i
+    rewards = []
+    for t, (token, gold) in enumerate(zip(tokens, response, strict=True)):
+        assert token["p"] == pytest.approx(p[t, gold].item(), rel=1e-4)
+        assert token["p_flipped"] == pytest.approx(q[t, gold].item(), rel=1e-4)
+        rejects = [ids[r["text"]] for r in token["rejects"]]
+        assert len(set(rejects)) == NUM_REJECTS and gold not in rejects
+        for r, v in zip(token["rejects"], rejects, strict=True):
+            assert (r["p"], r["p_flipped"]) == pytest.approx((p[t, v].item(), q[t, v].item()), rel=1e-4)
+        powers = [math.exp(p[t, v].item() / TAU) for v in (gold, *rejects)]
+        rewards.append(powers[0] / sum(powers))
+        assert token["reward"] == pytest.approx(rewards[-1], rel=1e-4)
+    mean = sum(rewards) / len(rewards)
+    assert result["mean_reward"] == pytest.approx(mean, rel=1e-4)
+    assert result["preference"] == pytest.approx(-math.log(mean), rel=1e-4)
+    cross_entropy = -sum(math.log(p[t, g]) for t, g in enumerate(response)) / len(response)
+    assert result["cross_entropy"] == pytest.approx(cross_entropy, rel=1e-4)
+    assert (result["style"], result["flipped"], result["cut"]) == ("literary", "objective", 0)
+
+
+def test_tokens_put_together_are_the_outline(result):
+    assert "".join(token["text"] for token in result["tokens"][:-1]) == OUTLINE
+
+
+def test_draws_follow_the_seed(generator):
+    record = make_record(get_axis("level_of_detail"), "concise", "Salt", lang="en")
+    draw = lambda seed: token_preferences(generator, record, "1. Salt", "base", seed)["tokens"][0]["rejects"]  # noqa: E731
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_a_long_outline_is_cut_and_a_stopped_one_gives_nothing(generator):
+    record = make_record(get_axis("language_style"), "literary", "Salt", lang="en")
+    cut = token_preferences(generator, record, "x" * 30, "base", limit=20)
+    assert len(cut["tokens"]) == 20 and cut["cut"] == 10
+    assert token_preferences(generator, record, "x", "base", should_stop=lambda: True) is None
+
+
+# ---- HTML ----
+
+
+class Tags(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.words, self.attributes = [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.words += data
+
+
+EVIL = "\"><img src=x onerror=alert(1)><script>alert(2)</script>'&lt;"
+
+
+def test_nothing_that_was_typed_or_written_becomes_markup():
+    query = Query(EVIL, EVIL, "literary", "en", 0.0, 0, 160, {"tokens": 1, "limit": 1, "chars": 1, "rest": EVIL})
+    column = Column(EVIL, "literary", f"1. {EVIL}\n   1.1 {EVIL}\n{EVIL}", verdict=("literary", 0.9))
+    from app.service import Update
+
+    parts = [
+        render.board("en", [column], "done", query),
+        render.status("en", Update("done", query=query)),
+        render.refusal(EVIL),
+    ]
+    for part in parts:
+        found = Tags(part)
+        assert not {"img", "script"} & set(found.tags)
+        assert not [name for name, _ in found.attributes if name.startswith("on")]
+        assert "<script>alert(2)</script>" in found.words
+    actions = dict(Tags(parts[0]).attributes)
+    assert actions["data-text"] == column.text, "what is copied is what was written, character by character"
+
+
+def test_tokens_carry_their_numbers(result):
+    shown = render.tokens("en", result)
+    found = Tags(shown)
+    assert not {"b", "i"} - {"b", "i"} and "script" not in found.tags
+    data = [json.loads(value) for name, value in found.attributes if name == "data-token"]
+    assert len(data) == len(result["tokens"])
+    for (p, q, reward, rejects), token in zip(data, result["tokens"], strict=True):
+        assert (p, q, reward) == pytest.approx((token["p"], token["p_flipped"], token["reward"]), rel=1e-3)
+        assert len(rejects) == NUM_REJECTS
+    tabbable = [value for name, value in found.attributes if name == "tabindex"]
+    assert tabbable.count("0") == 1, "one stop for the Tab key, arrow keys within"
+
+
+def test_an_outlines_lines_show_number_and_level():
+    shown = render.outline("1. One\n   1.1 Sub\nno number")
+    assert [v for n, v in Tags(shown).attributes if n == "class" and v.startswith("line")] == [
+        "line top",
+        "line sub",
+        "line plain",
+    ]
+    assert Tags(shown).words == "1.One1.1Subno number"
+
+
+def test_the_paper_tab_shows_what_is_there_or_how_to_make_it(tmp_path):
+    assert "python paper/reproduce.py" in paper_page("en", tmp_path)
+    tables = tmp_path / "paper" / "tables"
+    tables.mkdir(parents=True)
+    (tables / "main.csv").write_text("never shown,beside\nits,Markdown\n")
+    (tables / "main.md").write_text("| method | R-1 |\n| --- | ---: |\n| TKPO | 41.5 |\n\n<script>x</script>\n")
+    (tables / "cost.csv").write_text("method,seconds\nDPO,<b>2</b>\n")
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "main_result.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    page = paper_page("zh", tmp_path)
+    found = Tags(page)
+    assert "python paper/reproduce.py" not in page and "script" not in found.tags
+    assert "41.5" in found.words and "<b>2</b>" in found.words and "never shown" not in page
+    assert ("alt", "Main result") in found.attributes
+    assert "43.4" in found.words and "19.28 %" in found.words
