@@ -1,0 +1,79 @@
+"""The real app as a process of its own, on the tiny model with three random adapters."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import closing, contextmanager
+from pathlib import Path
+from socket import socket
+
+import httpx
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tkpo.presets import load_model
+
+ROOT = Path(__file__).parent.parent
+METHODS = ("sft", "dpo", "tkpo")
+
+
+def random_adapters(root: Path) -> list[str]:
+    """--adapters for three LoRA adapters, far enough from zero to write different things."""
+    for seed, method in enumerate(METHODS):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(load_model("tiny", "float32", "cpu"), config)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(root / method)
+    return [f"{method}={root / method}" for method in METHODS]
+
+
+def free_port() -> int:
+    with closing(socket()) as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@contextmanager
+def running_app(folder: Path, *options: str, model: str = "tiny"):
+    """Starts `python app/main.py` in `folder` and yields (address, process) once the model is ready."""
+    port = free_port()
+    command = [sys.executable, str(ROOT / "app" / "main.py"), "--model", model, "--port", str(port), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(folder / "uploads")}
+    with (folder / "app.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        address = f"http://127.0.0.1:{port}"
+        try:
+            _wait(address, process, folder / "app.log")
+            yield address, process
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait(address: str, process: subprocess.Popen, log: Path, seconds: float = 300) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise RuntimeError(f"the app ended with {process.returncode}:\n{log.read_text()[-3000:]}")
+        try:
+            if httpx.get(f"{address}/health", timeout=10).json()["state"] == "ready":
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.3)
+    raise RuntimeError(f"the app was not ready after {seconds} s:\n{log.read_text()[-3000:]}")
+
+
+def chromium() -> str | None:
+    """Path of a Chromium or Chrome on this machine."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
