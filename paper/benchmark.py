@@ -139,19 +139,34 @@ def _memory(cuda: bool, reset: bool = False) -> float:
 
 
 def _records(setup: Setup, pairs: bool = False) -> list[dict]:
-    """The samples of warm-up and timed steps, in their order; as pairs, the same ones."""
+    """The samples of warm-up and timed steps, in their order, none too long; as pairs, the same ones."""
     from tkpo.attributes import get_axis
     from tkpo.data import annotate, load_records, record_key
+    from tkpo.presets import load_tokenizer
     from tkpo.runs import sample_order
 
-    axis = get_axis(Path(setup.dataset).stem)
-    pick = lambda pairs: annotate(load_records(setup.dataset, "train", setup.lang, pairs), axis)  # noqa: E731
-    both = {record_key(r) for r in pick(True)}
-    records = [r for r in pick(pairs) if record_key(r) in both]
-    count = (setup.steps + setup.warmup) * setup.batch_size
-    if len(records) < count:
-        raise Unavailable(f"{setup.dataset} has {len(records)} samples, {count} are wanted: fewer --steps")
-    return sorted(records, key=sample_order)[:count]
+    axis, tokenizer = get_axis(Path(setup.dataset).stem), load_tokenizer(setup.model)
+    read = lambda pairs: annotate(load_records(setup.dataset, "train", setup.lang, pairs), axis)  # noqa: E731
+    paired = {record_key(record): record for record in read(True)}
+    count, chosen = (setup.steps + setup.warmup) * setup.batch_size, []
+    for record in sorted(read(False), key=sample_order):
+        pair = paired.get(record_key(record))
+        if pair and _length({**record, "output": max(pair["chosen"], pair["rejected"], key=len)}, tokenizer, setup):
+            chosen.append(pair if pairs else record)
+        if len(chosen) == count:
+            return chosen
+    raise Unavailable(
+        f"{setup.dataset} has {len(chosen)} samples of at most {setup.max_length} tokens, {count} are wanted: "
+        "fewer --steps"
+    )
+
+
+def _length(record: dict, tokenizer, setup: Setup) -> int | None:
+    """Tokens of prompt and response; None if they are more than `max_length`."""
+    from tkpo.training import encode_record
+
+    tokens = len(encode_record(record, tokenizer, setup.max_length + 1)[0])
+    return tokens if tokens <= setup.max_length else None
 
 
 def _arguments(setup: Setup, folder: str) -> dict:
@@ -415,6 +430,8 @@ class Process:
             message = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             message = {"error": "its process was ended from outside (out of memory?)"}
+        if "done" in message:
+            message = {"error": "its training ended before all steps were taken"}
         self.error = message.get("error")
         return {} if self.error else message
 
@@ -451,10 +468,12 @@ def run_pair(rival: str, setup: Setup, say: Callable[[str], None] = print) -> tu
 def benchmark(setup: Setup, rivals: list[str], say: Callable[[str], None] = print) -> dict:
     """All rivals, each in turn with TKPO; the result as it is written to JSON."""
     from tkpo.data import record_key
+    from tkpo.presets import load_tokenizer
 
     started, load = time.time(), os.getloadavg()[0]
     records = _records(setup)[setup.warmup * setup.batch_size :]
-    lengths = _lengths(setup, records)
+    tokenizer = load_tokenizer(setup.model)
+    lengths = [_length(record, tokenizer, setup) for record in records]
     runs, own_steps, ratios, memory, failed = {}, [], {}, {}, None
     for rival in rivals:
         theirs, own = run_pair(rival, setup, say)
@@ -481,15 +500,6 @@ def benchmark(setup: Setup, rivals: list[str], say: Callable[[str], None] = prin
         "ratios": ratios,
         "memory_ratios": memory,
     }
-
-
-def _lengths(setup: Setup, records: list[dict]) -> list[int]:
-    """Tokens of each sample, prompt and response."""
-    from tkpo.presets import load_tokenizer
-    from tkpo.training import encode_record
-
-    tokenizer = load_tokenizer(setup.model)
-    return [len(encode_record(r, tokenizer, setup.max_length)[0]) for r in records]
 
 
 def _method(key: str, run: dict, tokens: list[int]) -> dict:

@@ -21,6 +21,7 @@ COLUMNS = {
     "obeys_detail": "level",
 }
 LANGUAGES = {"en": "English", "zh": "Chinese"}
+OWN_TOPICS = (0, 6, 10)  # of results/own_topics.json, those whose outlines by TKPO are shown
 SHOWN = ("en", "zh")  # an outline by each method for the first article of these test languages
 
 
@@ -64,12 +65,30 @@ def outline_section() -> str:
     return "\n".join(lines)
 
 
+def topic_section() -> str:
+    """How many of the topics that are not in the corpus came out in style, and some outlines."""
+    rows = _read("own_topics.json")["topics"]
+    counts = []
+    for method, name in METHODS.items():
+        if method != "base":
+            outlines = [(row["outlines"][method], row["style"]) for row in rows]
+            counts.append(f"{name} {sum(o['valid'] and o['read_as'] == style for o, style in outlines)}")
+    lines = [
+        f"Of {len(rows)} outlines each, so many parse and read as the asked style: {', '.join(counts)}. By TKPO:",
+        "",
+    ]
+    for index in OWN_TOPICS:
+        row = rows[index]
+        lines += [f"*{row['style']}*, “{row['topic']}”:", "", "```", row["outlines"]["tkpo"]["outline"], "```", ""]
+    return "\n".join(lines)
+
+
 def _read(name: str) -> dict:
     return json.loads((HERE / "results" / name).read_text(encoding="utf-8"))
 
 
 def updated(readme: str) -> str:
-    for mark, section in (("scores", score_section()), ("outlines", outline_section())):
+    for mark, section in (("scores", score_section()), ("topics", topic_section()), ("outlines", outline_section())):
         start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
         head, rest = readme.split(start, 1)
         readme = head + start + section + end + rest.split(end, 1)[1]
