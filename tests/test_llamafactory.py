@@ -117,7 +117,7 @@ def llamafactory_losses(home, output, **changes):
     return log.losses
 
 
-def first_loss(home, model, dataset, batch, weight=0.5, **settings):
+def first_loss(home, model, dataset, batch, weight=0.5, dtype="float32", **settings):
     """The loss that TKPOTrainer logs for its first step, over the first `batch` samples of the file."""
     records = json.loads((home / f"{dataset}.json").read_text())[:batch]
     args = TKPOConfig(
@@ -132,7 +132,7 @@ def first_loss(home, model, dataset, batch, weight=0.5, **settings):
         disable_tqdm=True,
         train_sampling_strategy="sequential",
     )
-    loaded = load_model(model, "float32", "cpu")
+    loaded = load_model(model, dtype, "cpu")
     trainer = TKPOTrainer(loaded, args, records, processing_class=load_tokenizer(model))
     trainer.train()
     return next(line["loss"] for line in trainer.state.log_history if "loss" in line)
@@ -180,10 +180,13 @@ def test_small(home, finetuning):
         "gradient_accumulation_steps": 1,
         "max_steps": 3,
         "save_strategy": "no",
+        "default_system": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",  # its template's
     }
     losses = llamafactory_losses(home, f"small-{finetuning}", **changes)
     assert len(losses) == 3
-    assert losses[0] == pytest.approx(first_loss(home, "small", "english", 1), rel=1e-4)
+    # LLaMA-Factory leaves a frozen base as it is stored and trains a whole one in float32
+    dtype = "float32" if finetuning == "full" else "bfloat16"
+    assert losses[0] == pytest.approx(first_loss(home, "small", "english", 1, dtype=dtype), rel=1e-4)
     shutil.rmtree(home / f"small-{finetuning}")
 
 

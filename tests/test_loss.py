@@ -322,6 +322,35 @@ def test_unknown_sampler_and_wrong_shapes_are_errors():
         draw_reject_tokens(torch.zeros(1, 2, 5), torch.zeros(1, 3, dtype=torch.long), 2)
 
 
+@pytest.mark.parametrize("vocabulary", [1000, 514, 257])  # blocks of 250, 2 and 1 tokens
+def test_draws_from_a_large_vocabulary_follow_the_law(vocabulary):
+    """How often a token is among K = 2: p_j + sum over i of p_i p_j / (1 - p_i)."""
+    rows, gold = 20_000, 5
+    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(3)).double()
+    logits[[0, 7, 254, vocabulary - 1]] += torch.tensor([6.0, 5.0, 5.0, 4.0])
+    p = logits.exp()
+    p[gold] = 0
+    p /= p.sum()
+    among = p + p * ((p / (1 - p)).sum() - p / (1 - p))
+    assert among.sum().item() == pytest.approx(2)
+    labels, generator = torch.full((1, rows), gold), torch.Generator().manual_seed(4)
+    drawn = draw_reject_tokens(logits.float().expand(1, rows, -1), labels, 2, generator=generator)[0]
+    assert (drawn[:, 0] != drawn[:, 1]).all()
+    counts = torch.bincount(drawn.flatten(), minlength=vocabulary).double()
+    assert counts[gold] == 0
+    likely = rows * among > 20
+    assert likely.sum() > 20
+    assert ((counts - rows * among).abs() < 4.5 * (rows * among * (1 - among)).sqrt())[likely].all()
+    assert counts[~likely].sum().item() == pytest.approx(rows * among[~likely].sum().item(), rel=0.1)
+
+
+def test_a_sure_prediction_still_gives_distinct_tokens():
+    logits = torch.full((1, 6, 1000), -300.0)  # their exp underflows in float32
+    logits[..., 3], logits[..., 900] = 300.0, 280.0
+    drawn = draw_reject_tokens(logits, torch.tensor([[3] * 6]), 20)
+    assert all(len(set(row)) == 20 and 3 not in row and 900 in row for row in drawn[0].tolist())
+
+
 # ---- tkpo_loss and fused_reject_tokens
 
 

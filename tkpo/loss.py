@@ -22,6 +22,7 @@ IGNORE_INDEX = -100
 REDUCTIONS = ("log_mean", "mean_log")
 SAMPLERS = ("multinomial", "gumbel", "topk", "uniform")
 CHUNK_SIZE = 128  # response positions whose logits exist at the same time
+BLOCK = 256  # at most so many tokens of the vocabulary are a block of the draw
 
 
 # ---- plain form ----------------------------------------------------------------------------------------
@@ -75,26 +76,72 @@ def draw_reject_tokens(
             f"expected logits {(*labels.shape, 'V')} beside labels {tuple(labels.shape)}, "
             f"got {tuple(flipped_logits.shape)}"
         )
+    scores = flipped_logits.detach().to(_sum_dtype(flipped_logits.dtype), copy=True)
+    return _draw(scores, labels, num_rejects, sampler, generator)
+
+
+def _draw(scores: Tensor, labels: Tensor, num_rejects: int, sampler: str, generator: torch.Generator | None) -> Tensor:
+    """`draw_reject_tokens` from float32 or float64 logits, which are overwritten."""
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}; there are: {', '.join(SAMPLERS)}")
-    vocabulary = flipped_logits.shape[-1]
+    vocabulary = scores.shape[-1]
     if not 1 <= num_rejects < vocabulary:
         raise ValueError(
             f"num_rejects is {num_rejects}: it must be at least 1 and below the vocabulary's size, {vocabulary}"
         )
-    scores = flipped_logits.detach().to(_sum_dtype(flipped_logits.dtype), copy=True)
     gold = labels.clamp_min(0).unsqueeze(-1)
-    if sampler == "uniform":
-        scores.zero_()
     if sampler == "multinomial":
         # Tokens that underflow to probability 0 stay drawable, should fewer than K others be left.
-        weights = scores.softmax(dim=-1).clamp_min_(1e-30).scatter_(-1, gold, 0.0)
-        drawn = torch.multinomial(weights.flatten(0, -2), num_rejects, replacement=False, generator=generator)
-        return drawn.view(*labels.shape, num_rejects)
+        weights = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_().clamp_min_(1e-30).scatter_(-1, gold, 0.0)
+        return _without_replacement(weights.flatten(0, -2), num_rejects, generator).view(*labels.shape, num_rejects)
+    if sampler == "uniform":
+        scores.zero_()
     if sampler in ("gumbel", "uniform"):
         noise = torch.empty_like(scores).exponential_(generator=generator)
         scores -= noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
     return scores.scatter_(-1, gold, float("-inf")).topk(num_rejects, dim=-1).indices
+
+
+def _without_replacement(weights: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """(n, count) distinct columns of each row of weights (n, V), which is overwritten: successive draws by weight.
+
+    Drawing with replacement and passing over what was drawn before is the same law, and asks for a few random
+    numbers a row in place of V, which a CPU makes one by one. What was drawn gets weight 0, so that a row that still
+    lacks some goes on among the others.
+    """
+    drawn = weights.new_empty(len(weights), count, dtype=torch.long)
+    found = torch.zeros(len(weights), dtype=torch.long, device=weights.device)
+    rows = torch.arange(len(weights), device=weights.device)
+    while len(rows):
+        own = weights if len(rows) == len(weights) else weights[rows]
+        tokens = _with_replacement(own, 4 * count, generator)
+        ordered, order = tokens.sort(dim=-1, stable=True)
+        fresh = torch.ones_like(tokens, dtype=torch.bool)
+        fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        fresh = torch.empty_like(fresh).scatter_(-1, order, fresh) & (own.gather(-1, tokens) > 0)
+        place = found[rows].unsqueeze(-1) + fresh.cumsum(dim=-1) - 1
+        fresh &= place < count
+        taken, tokens = rows.unsqueeze(-1).expand_as(tokens)[fresh], tokens[fresh]
+        drawn[taken, place[fresh]] = tokens
+        weights[taken, tokens] = 0
+        found[rows] += fresh.sum(dim=-1)
+        rows = rows[found[rows] < count]
+    return drawn
+
+
+def _with_replacement(weights: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """(n, count) columns of each row of weights (n, V), by inverse sums in float64: first of blocks, then within."""
+    size = max(d for d in range(1, BLOCK + 1) if weights.shape[-1] % d == 0)
+    blocks = weights.unflatten(-1, (-1, size))
+    sums = blocks.sum(dim=-1, dtype=torch.float64)
+    ends = sums.cumsum(dim=-1)
+    point = torch.rand(len(weights), count, dtype=torch.float64, device=weights.device, generator=generator)
+    point *= ends[:, -1:]
+    block = torch.searchsorted(ends, point, right=True).clamp_max_(ends.shape[-1] - 1)
+    point -= (ends - sums).gather(-1, block)
+    inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, size)).cumsum(dim=-1, dtype=torch.float64)
+    place = torch.searchsorted(inside, point.unsqueeze(-1), right=True).squeeze(-1).clamp_max_(size - 1)
+    return block * size + place
 
 
 # ---- fused form ----------------------------------------------------------------------------------------
@@ -185,15 +232,10 @@ def fused_reject_tokens(
     """`draw_reject_tokens` from hidden states (B, T, H) at response positions only: returns (N, K) token ids."""
     mask = flipped_labels != IGNORE_INDEX
     states, gold = flipped_hidden[mask], flipped_labels[mask]
+    head, accumulate = weight.to(states.dtype), _sum_dtype(states.dtype)
     drawn = [
-        draw_reject_tokens(
-            chunk @ weight.to(chunk.dtype).T,
-            gold[i * chunk_size : (i + 1) * chunk_size],
-            num_rejects,
-            sampler,
-            generator,
-        )
-        for i, chunk in enumerate(states.split(chunk_size))
+        _draw((chunk @ head.T).to(accumulate), labels, num_rejects, sampler, generator)
+        for chunk, labels in zip(states.split(chunk_size), gold.split(chunk_size), strict=True)
         if len(chunk)
     ]
     return torch.cat(drawn) if drawn else gold.new_empty(0, num_rejects)
@@ -269,10 +311,12 @@ class _TokenTerms(torch.autograd.Function):
 def _chunk_probs(states: Tensor, head: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(-log p(gold) (n,), probabilities (n, V), the candidates' probabilities (n, K+1))."""
     logits = (states @ head.T).to(_sum_dtype(states.dtype))
-    gold = logits.gather(-1, candidates[:, :1]).squeeze(-1)
-    cross_entropy = logits.logsumexp(dim=-1) - gold
-    probs = logits.softmax(dim=-1)
-    return cross_entropy, probs, probs.gather(-1, candidates)
+    logits -= logits.amax(dim=-1, keepdim=True)
+    gold = logits.gather(-1, candidates[:, :1])
+    probs = logits.exp_()  # in place: a chunk's logits are the largest tensor there is
+    total = probs.sum(dim=-1, keepdim=True)
+    probs /= total
+    return (total.log() - gold).squeeze(-1), probs, probs.gather(-1, candidates)
 
 
 def _reward_slopes(picked: Tensor, log_shares: Tensor, tau: float) -> Tensor:
