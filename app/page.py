@@ -1,6 +1,8 @@
 """The page, from top to bottom, and its API. What happens behind it is in `app.service`."""
 
+import contextlib
 import inspect
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -474,4 +476,5 @@ def application(service: OutlineService, root: Path) -> FastAPI:
     if not os.environ.get("SPACE_ID"):  # a Space embeds the page and needs the resizer's script
         app.add_middleware(NoForeignScripts)
     options = {"show_error": False, "max_file_size": "1mb", "ssr_mode": False}
-    return gr.mount_gradio_app(app, page, "/", **options, **_page_options(gr.mount_gradio_app))
+    with contextlib.redirect_stdout(io.StringIO()):  # Gradio 5.50 prints a leftover of its own
+        return gr.mount_gradio_app(app, page, "/", **options, **_page_options(gr.mount_gradio_app))

@@ -28,12 +28,12 @@ def paper_page(ui: str, root: Path) -> str:
     if not tables and not figures:
         missing = escape(text(ui, "paper_missing"))
         parts.append(f'<p class="note">{missing}</p><pre class="command">{COMMAND}</pre>')
-    if tables:
-        parts.append(f"<h2>{escape(text(ui, 'tables'))}</h2>")
-        parts += [f"<h3>{escape(_title(f))}</h3><div class='wide'>{_table(f)}</div>" for f in tables]
     if figures:
         parts.append(f"<h2>{escape(text(ui, 'figures'))}</h2>")
         parts += [_figure(f) for f in figures if f.stat().st_size <= LARGEST]
+    if tables:
+        parts.append(f"<h2>{escape(text(ui, 'tables'))}</h2>")
+        parts += [_table(f) for f in tables]
     return f'<div class="paper">{"".join(parts)}</div>'
 
 
@@ -51,14 +51,20 @@ def _title(path: Path) -> str:
 
 
 def _table(path: Path) -> str:
+    """A table under its title; a long one is folded."""
     content = path.read_text(encoding="utf-8", errors="replace")
+    title, is_open = _title(path), content.count("\n") <= 20
     if path.suffix == ".md":
-        return MarkdownIt("commonmark", {"html": False}).enable("table").render(content)
-    rows = list(csv.reader(io.StringIO(content)))
-    head, body = rows[:1], rows[1:]
-    top = "".join(f"<tr>{_cells(row, 'th')}</tr>" for row in head)
-    lines = "".join(f"<tr>{_cells(row, 'td')}</tr>" for row in body)
-    return f"<table><thead>{top}</thead><tbody>{lines}</tbody></table>"
+        if content.startswith("**"):
+            first, _, content = content.partition("\n")
+            title = first.strip("* ")
+        table = MarkdownIt("commonmark", {"html": False}).enable("table").render(content)
+    else:
+        head, *body = list(csv.reader(io.StringIO(content))) or [[]]
+        lines = "".join(f"<tr>{_cells(row, 'td')}</tr>" for row in body)
+        table = f"<table><thead><tr>{_cells(head, 'th')}</tr></thead><tbody>{lines}</tbody></table>"
+    fold = " open" if is_open else ""
+    return f'<details{fold}><summary>{escape(title)}</summary><div class="wide">{table}</div></details>'
 
 
 def _cells(row: list[str], tag: str) -> str:

@@ -312,8 +312,7 @@ def _train_trl_sft(setup: Setup, turns, **loss) -> None:
     if loss and "chunked_nll" not in SFTConfig.__dataclass_fields__["loss_type"].metadata["help"]:
         raise Unavailable(f"TRL {importlib.metadata.version('trl')} has no chunked loss")
     model, tokenizer = _model(setup)
-    end = "<|im_end|>\n"  # as `encode_record` has it: the end of an assistant's turn in ChatML
-    rows = [{"prompt": _prompt(r, tokenizer), "completion": r["output"] + end} for r in _records(setup)]
+    rows = [{"prompt": _prompt(r, tokenizer), "completion": r["output"]} for r in _records(setup)]
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(
             **_arguments(setup, folder), max_length=setup.max_length, eos_token=tokenizer.eos_token, **loss

@@ -157,7 +157,9 @@ def test_the_paper_tab_shows_what_is_there_or_how_to_make_it(tmp_path):
     tables = tmp_path / "paper" / "tables"
     tables.mkdir(parents=True)
     (tables / "main.csv").write_text("never shown,beside\nits,Markdown\n")
-    (tables / "main.md").write_text("| method | R-1 |\n| --- | ---: |\n| TKPO | 41.5 |\n\n<script>x</script>\n")
+    (tables / "main.md").write_text(
+        "**Table 1. Main**\n\n| method | R-1 |\n| --- | ---: |\n| TKPO | 41.5 |\n\n<script>x</script>\n"
+    )
     (tables / "cost.csv").write_text("method,seconds\nDPO,<b>2</b>\n")
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "main_result.png").write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -165,5 +167,6 @@ def test_the_paper_tab_shows_what_is_there_or_how_to_make_it(tmp_path):
     found = Tags(page)
     assert "python paper/reproduce.py" not in page and "script" not in found.tags
     assert "41.5" in found.words and "<b>2</b>" in found.words and "never shown" not in page
+    assert "**" not in page and "Table 1. Main" in found.words
     assert ("alt", "Main result") in found.attributes
     assert "43.4" in found.words and "19.28 %" in found.words

@@ -1,6 +1,5 @@
 """The step benchmark: its plain loss against the fused one, and a small real run of two processes."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -15,9 +14,8 @@ import torch
 from tkpo.loss import tkpo_loss
 
 ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("benchmark", ROOT / "paper" / "benchmark.py")
-benchmark = sys.modules["benchmark"] = importlib.util.module_from_spec(spec)  # its processes look it up there
-spec.loader.exec_module(benchmark)
+sys.path.insert(0, str(ROOT / "paper"))  # the processes that it starts look there too
+import benchmark  # noqa: E402
 
 
 def test_the_plain_loss_is_the_fused_one_where_nothing_is_left_to_chance():
@@ -109,13 +107,13 @@ def test_a_method_that_raises_says_where():
 
 
 def test_the_loss_head_alone():
-    shape = {"vocabulary": 4000, "hidden": 16, "tokens": 64, "response_tokens": 16}
+    shape = {"vocabulary": 20_000, "hidden": 32, "tokens": 512, "response_tokens": 32}
     found = benchmark.benchmark_head(benchmark.Setup(steps=2, threads=1), shape)
     assert [(m["weight"], m["key"]) for m in found["methods"]] == [
         (weight, kind) for weight in ("frozen", "trained") for kind in ("fused", "plain")
     ]
     assert all(len(m["steps"]) == 2 and min(m["steps"]) > 0 for m in found["methods"])
-    assert found["ratios"]["frozen"]["time"] < 1 and found["ratios"]["frozen"]["memory"] < 1
+    assert found["ratios"]["frozen"]["time"] < 0.8 and found["ratios"]["frozen"]["memory"] < 0.5
     assert "fused / plain" in benchmark.table(found)
 
 

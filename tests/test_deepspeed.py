@@ -153,7 +153,8 @@ def weights(folder):
 @pytest.mark.parametrize(("name", "stage"), CASES)
 def test_two_processes_follow_the_curve_of_one(two_processes, one_process, name, stage):
     ours, theirs = two_processes / f"2-{name}-{stage}", one_process(name)
-    keys = ["loss", "cross_entropy", "grad_norm"] + (["preference", "reward", "accuracy"] if name != "sft" else [])
+    keys = ["loss", "cross_entropy"] + (["preference", "reward", "accuracy"] if name != "sft" else [])
+    keys += ["grad_norm"] if stage != "zero0" else []  # which does not say it
     expected = curve(theirs, *keys)
     assert len(expected) == 4 and expected[-1][0] < expected[0][0]
     assert curve(ours, *keys) == [pytest.approx(line, rel=1e-4) for line in expected]

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, TrainerCa
 from tkpo.attributes import get_axis
 from tkpo.data import make_record
 from tkpo.errors import TKPOError
-from tkpo.presets import load_model, load_tokenizer, resolve_model
+from tkpo.presets import CHATML_TEMPLATE, cache_dir, load_model, load_tokenizer, resolve_model
 from tkpo.training import TKPOConfig, TKPOTrainer
 
 pytest.importorskip("llamafactory", reason="needs: bash install.sh llamafactory")
@@ -117,7 +117,7 @@ def llamafactory_losses(home, output, **changes):
     return log.losses
 
 
-def first_loss(home, model, dataset, batch, weight=0.5, dtype="float32", **settings):
+def first_loss(home, model, dataset, batch, weight=0.5, **settings):
     """The loss that TKPOTrainer logs for its first step, over the first `batch` samples of the file."""
     records = json.loads((home / f"{dataset}.json").read_text())[:batch]
     args = TKPOConfig(
@@ -132,7 +132,7 @@ def first_loss(home, model, dataset, batch, weight=0.5, dtype="float32", **setti
         disable_tqdm=True,
         train_sampling_strategy="sequential",
     )
-    loaded = load_model(model, dtype, "cpu")
+    loaded = load_model(model, "float32", "cpu")
     trainer = TKPOTrainer(loaded, args, records, processing_class=load_tokenizer(model))
     trainer.train()
     return next(line["loss"] for line in trainer.state.log_history if "loss" in line)
@@ -168,25 +168,32 @@ def test_every_key_of_the_section_reaches_the_loss(home, tiny, section):
     assert loss != pytest.approx(first_loss(home, tiny, "english", 4), rel=1e-5)
 
 
-@pytest.mark.parametrize("finetuning", ["full", "lora"])
-def test_small(home, finetuning):
-    from tkpo.presets import cache_dir
-
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The preset small in float32 and with Qwen's chat template, as LLaMA-Factory's template qwen has it."""
     if not (cache_dir() / "models" / "small").is_dir():
         pytest.skip("preset small is not in the cache")
-    changes = {"model_name_or_path": "small", "finetuning_type": finetuning, "learning_rate": 1e-4}
+    folder = tmp_path_factory.mktemp("small")
+    load_model("small", "float32", "cpu").save_pretrained(folder)
+    tokenizer = load_tokenizer("small")
+    tokenizer.chat_template = CHATML_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    yield str(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("finetuning", ["full", "lora"])
+def test_small(home, small, finetuning):
+    changes = {"model_name_or_path": small, "finetuning_type": finetuning, "learning_rate": 1e-4}
     changes |= {
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 1,
         "max_steps": 3,
         "save_strategy": "no",
-        "default_system": "You are a helpful AI assistant named SmolLM, trained by Hugging Face",  # its template's
     }
     losses = llamafactory_losses(home, f"small-{finetuning}", **changes)
     assert len(losses) == 3
-    # LLaMA-Factory leaves a frozen base as it is stored and trains a whole one in float32
-    dtype = "float32" if finetuning == "full" else "bfloat16"
-    assert losses[0] == pytest.approx(first_loss(home, "small", "english", 1, dtype=dtype), rel=1e-4)
+    assert losses[0] == pytest.approx(first_loss(home, small, "english", 1), rel=1e-4)
     shutil.rmtree(home / f"small-{finetuning}")
 
 
@@ -223,7 +230,7 @@ def test_shipped_configurations_run(tmp_path, name):
 
 
 def test_the_patch_applies_in_every_process_of_torchrun(home):
-    path = write_config(home, "torchrun", deepspeed="zero3", gradient_accumulation_steps=1, max_steps=1)
+    path = write_config(home, "torchrun", deepspeed="zero3", use_cpu=True, gradient_accumulation_steps=1, max_steps=1)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "tkpo.cli", "llamafactory", "train", str(path), "tkpo.tau=0.3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -48,10 +48,15 @@ def join(device: str, deepspeed: str | None, dtype: torch.dtype, output: str) ->
         output_dir=output, use_cpu=device == "cpu", deepspeed=deepspeed, report_to="none", **precision(deepspeed, dtype)
     )
     if deepspeed:
-        import deepspeed as engine
-
-        engine.init_distributed()  # on a CPU transformers makes the group without telling DeepSpeed
+        init_deepspeed()
     return arguments
+
+
+def init_deepspeed() -> None:
+    """Tell DeepSpeed of the process group, which on a CPU transformers makes without it."""
+    import deepspeed
+
+    deepspeed.init_distributed()
 
 
 def precision(deepspeed: str | None, dtype: torch.dtype) -> dict[str, bool]:

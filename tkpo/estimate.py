@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,10 +93,9 @@ def estimate(
     copy = 2 * model.parameters
     on_host = zero == 3 and offload
     reference = 0 if on_host else copy / (gpus * nodes) if zero == 3 else copy
-    sizes = {"tkpo": length, "dpo": 2 * length}
     heads = {
-        "tkpo": _carried(_tkpo_head(model.vocabulary, num_rejects, chunk_size), chunk_size, length, model.hidden),
-        "dpo": _carried(_dpo_head(model.vocabulary), 16, sizes["dpo"], model.hidden),
+        "tkpo": _carried(_tkpo_head(num_rejects, chunk_size), chunk_size, length, model.hidden, model.vocabulary),
+        "dpo": _carried(_dpo_head, 16, 2 * length, model.hidden, model.vocabulary),
     }
     return {
         "tkpo": Estimate(states, 0, heads["tkpo"], host),
@@ -134,8 +134,8 @@ def _states(model: Model, gpus: int, nodes: int, zero: int, offload: bool) -> tu
 # ---- the output head, counted ----------------------------------------------------------------------------
 
 
-def _tkpo_head(vocabulary: int, num_rejects: int, chunk_size: int) -> Callable[[int, int], int]:
-    def step(tokens: int, hidden: int) -> int:
+def _tkpo_head(num_rejects: int, chunk_size: int) -> Callable[[int, int, int], int]:
+    def step(tokens: int, hidden: int, vocabulary: int) -> int:
         weight = torch.nn.Parameter(torch.zeros(vocabulary, hidden, dtype=HALF))
         states = torch.zeros(1, tokens, hidden, dtype=HALF, requires_grad=True)
         labels = torch.zeros(1, tokens, dtype=torch.long)
@@ -147,29 +147,32 @@ def _tkpo_head(vocabulary: int, num_rejects: int, chunk_size: int) -> Callable[[
     return step
 
 
-def _dpo_head(vocabulary: int) -> Callable[[int, int], int]:
+def _dpo_head(tokens: int, hidden: int, vocabulary: int) -> int:
     """Log-probabilities as LLaMA-Factory's DPO has them: log-softmax in float32 of the logits of every position."""
-
-    def step(tokens: int, hidden: int) -> int:
-        weight = torch.nn.Parameter(torch.zeros(vocabulary, hidden, dtype=HALF))
-        states = torch.zeros(1, tokens, hidden, dtype=HALF, requires_grad=True)
-        labels = torch.zeros(1, tokens, 1, dtype=torch.long)
-        with _Peak() as peak:
-            (states @ weight.T).float().log_softmax(-1).gather(2, labels).sum().backward()
-        return peak.bytes
-
-    return step
+    weight = torch.nn.Parameter(torch.zeros(vocabulary, hidden, dtype=HALF))
+    states = torch.zeros(1, tokens, hidden, dtype=HALF, requires_grad=True)
+    labels = torch.zeros(1, tokens, 1, dtype=torch.long)
+    with _Peak() as peak:
+        (states @ weight.T).float().log_softmax(-1).gather(2, labels).sum().backward()
+    return peak.bytes
 
 
-def _carried(count: Callable[[int, int], int], tokens: int, to_tokens: int, to_hidden: int) -> float:
-    """Bytes at (to_tokens, to_hidden), from counts at small sizes: a + b tokens + c hidden + d tokens hidden.
+def _carried(count: Callable[[int, int, int], int], chunk: int, tokens: int, hidden: int, vocabulary: int) -> float:
+    """Bytes at (tokens, hidden, vocabulary), carried from counts at small sizes, in each of which they are linear.
 
-    tokens: of a chunk.
+    chunk: tokens of a chunk; from the second chunk on each adds the same. The small vocabulary and hidden size are
+    in the proportion of a real model's, so that the same arrays make the peak.
     """
-    n, h = (2 * tokens, 3 * tokens), (4, 8)  # from the second chunk on each adds the same
-    x, y = (to_tokens - n[0]) / (n[1] - n[0]), (to_hidden - h[0]) / (h[1] - h[0])
-    (f00, f01), (f10, f11) = ([count(i, j) for j in h] for i in n)
-    return f00 * (1 - x) * (1 - y) + f01 * (1 - x) * y + f10 * x * (1 - y) + f11 * x * y
+    ratio = vocabulary / hidden
+    small = ((2 * chunk, 3 * chunk), (16, 32), (round(16 * ratio), round(32 * ratio)))
+    total = 0.0
+    for corner in itertools.product((0, 1), repeat=3):
+        share = 1.0
+        for (low, high), to, upper in zip(small, (tokens, hidden, vocabulary), corner, strict=True):
+            place = (to - low) / (high - low)
+            share *= place if upper else 1 - place
+        total += share * count(*(sizes[upper] for sizes, upper in zip(small, corner, strict=True)))
+    return total
 
 
 class _Peak(TorchDispatchMode):

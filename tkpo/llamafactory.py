@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM, TrainerCallback
 
 from tkpo.attributes import get_axis
 from tkpo.data import data_dir
-from tkpo.distributed import deepspeed_file
+from tkpo.distributed import check_launch, deepspeed_file, init_deepspeed
 from tkpo.errors import TKPOError
 from tkpo.flip import PromptFlipper
 from tkpo.loss import IGNORE_INDEX
@@ -62,6 +62,9 @@ def train(config: str | Path, overrides: list[str] = (), callbacks: list[Trainer
             settings = _settings(section, arguments, config)
             callbacks.append(_Check(settings))
             stack.callback(patch_qwen2(settings))
+        if arguments.get("deepspeed") and not torch.cuda.is_available():
+            check_launch(arguments["deepspeed"])
+            init_deepspeed()
         try:
             run_exp(arguments, callbacks)
         except (ValueError, TypeError, AssertionError) as error:

@@ -34,6 +34,7 @@ from reproduction.tables import (
     samples_by_seed,
     stage_seconds,
 )
+from tkpo.attributes import get_axis
 from tkpo.data import load_records
 
 FONT = Path(__file__).parents[1] / "fonts" / "NotoSansCJKsc-subset.otf"
@@ -119,9 +120,12 @@ def _outlines(results: Results, lang: str) -> Figure:
     articles = sorted({key[0] for key in texts})
     article = max(articles, key=lambda a: len({key[1:3] for key in texts if key[0] == a}), default=None)
     styles = sorted({key[1:3] for key in texts if key[0] == article}, key=lambda s: (list(DATASETS).index(s[0]), s[1]))
-    width = 34 if lang == "en" else 17
+    width = 38 if lang == "en" else 22
     columns = [[_wrapped(texts.get((article, *style, m), ""), width, lang) for m in SHOWN] for style in styles]
     heights = [max(len(lines) for lines in row) + 1.6 for row in columns] or [6]
+    missing = [a for d in DATASETS for a in get_axis(d).attributes if styles and (d, a) not in styles]
+    if missing:
+        heights.append(1.6)
     figure = plt.figure(figsize=(9.2, 0.62 + 0.158 * sum(heights)))
     if not styles:
         _empty(figure.add_subplot(frameon=False), results, "figure 1")
@@ -133,7 +137,7 @@ def _outlines(results: Results, lang: str) -> Figure:
     for x, method in zip(left, SHOWN, strict=True):
         figure.text(x, 1 - 0.8 * top, METHODS[method], fontsize=10, weight="bold", va="center")
     y = 1 - top
-    for (dataset, attribute), row, height in zip(styles, columns, heights, strict=True):
+    for (dataset, attribute), row, height in zip(styles, columns, heights, strict=False):
         share = height / total * (1 - top)
         figure.add_artist(plt.Line2D([0.01, 0.99], [y, y], color="#BBBBBB", linewidth=0.7))
         first = y - 0.8 * share / height
@@ -142,17 +146,18 @@ def _outlines(results: Results, lang: str) -> Figure:
         for x, lines in zip(left, row, strict=True):
             figure.text(x, first, "\n".join(lines) or "(empty)", va="top", fontsize=7.6, linespacing=1.25)
         y -= share
+    if missing:
+        note = f"Not among the evaluated outlines of this article: {', '.join(missing)}."
+        figure.text(0.012, y, note, va="top", fontsize=7.5, color="#555555")
     return figure
 
 
 def _topic(dataset: str, article: str, lang: str) -> str:
     """The topic of a test article: the input of its samples that have nothing else, without the words before it."""
-    records = load_records(dataset, "test", lang)
-    return next(
-        re.split("[:：]", r["input"], maxsplit=1)[-1].strip()
-        for r in records
-        if (r["id"], r["form"]) == (article, "topic")
-    )
+    for record in load_records(dataset, "test", lang):
+        if (record["id"], record["form"]) == (article, "topic"):
+            return re.split("[:：]", record["input"], maxsplit=1)[-1].strip()
+    return "Article"
 
 
 def _wrapped(text: str, width: int, lang: str, most: int = 16) -> list[str]:
@@ -166,7 +171,8 @@ def _wrapped(text: str, width: int, lang: str, most: int = 16) -> list[str]:
     for line in text.strip().replace("$", r"\$").split("\n"):
         indent = " " * (len(line) - len(line.lstrip()))
         if lang == "zh":
-            lines += [line[i : i + width] for i in range(0, len(line), width)] or [""]
+            parts = re.findall(f".{{1,{width}}}[，。、；：？！）》”’]*", line)  # no such mark begins a line
+            lines += parts or [""]
         else:
             lines += textwrap.wrap(line, width, subsequent_indent=indent + "   ", drop_whitespace=True) or [""]
     return lines if len(lines) <= most else [*lines[: most - 1], "…"]
@@ -341,7 +347,7 @@ def figure4(results: Results) -> dict[str, Figure]:
                     shown.setdefault(method, point)
         for panel in (left, right):
             if panel.lines:
-                panel.set_xlabel("seconds of training")
+                panel.set_xlabel("seconds of training (wall clock of the runs, not of a benchmark)")
                 panel.set_xlim(left=0)
                 panel.grid()
                 panel.margins(y=0.15)

@@ -315,13 +315,13 @@ def table3(results: Results) -> Table:
             "s whole pipeline",
             "peak memory, MiB",
         ]
-        blocks.append(Block([*header, "pipeline × DPO"], rows, 2, f"Whole training runs on {machine}"))
+        blocks.append(Block(header, rows, 2, f"Whole training runs on {machine}"))
     notes = [
         "The first part is measured side by side, alone on the machine (`paper/benchmark.py`); *memory* is the growth "
         "over the loaded model. The step of a pair is compared with the step of its preferred sample.",
         "Counted: forward passes with a backward pass as two; TKPO 4, SFT 3, DPO 8, DPO with precomputed reference 6. "
         "Published: 56.25 % of DPO's training time.",
-        "Whole runs are wall clock on a machine that did other work beside them, so that only the first part compares "
+        "Whole runs are wall clock on a machine that did other work beside them: only the first part compares "
         "methods; the pipeline of DPO and SimPO has the SFT run they continue in it.",
     ]
     if not any(b.caption.startswith("One run") for b in blocks):
@@ -376,15 +376,12 @@ def _training_costs(results: Results) -> dict[str, list[list[str]]]:
             records = [results.store.get(run) for run in here]
             training = [record["training"] for record in records]
             whole = [pipeline_seconds(results, run) for run in here]
-            dpo = [pipeline_seconds(results, r) for r in cells.get((dataset, "dpo", False), []) if r in stored]
-            known = None not in (*whole, *dpo) and dpo
             row = [DATASETS[dataset], METHODS[method], str(len(here))]
             row.append(f"{mean(r['training']['samples'] * r['config']['epochs'] for r in records):.0f}")
             row.append(f"{mean(stage_seconds(r) / r['training']['steps'] for r in records):.3g}")
             row.append(f"{mean(map(stage_seconds, records)):.0f}")
             row.append(f"{mean(whole):.0f}" if None not in whole else MISSING)
             row.append(f"{mean(t['peak_memory_mib'] for t in training):.0f}")
-            row.append(f"{mean(whole) / mean(dpo):.2f}" if known else MISSING)
             machines.setdefault(machine, []).append(row)
     return machines
 
