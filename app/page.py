@@ -466,6 +466,9 @@ def application(service: OutlineService, root: Path) -> FastAPI:
     # The service has its own queue, which tells visitors their place; Gradio's only bounds the threads.
     page.queue(default_concurrency_limit=64, max_size=512)
     page.max_threads = 96
+    # Gradio looks whether a file that a client names was uploaded only in a page that was "launched", not in a mounted
+    # one: without this line the file fields would read any file of the machine.
+    page.has_launched = True
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/health")

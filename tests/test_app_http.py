@@ -128,7 +128,6 @@ def test_an_unknown_method_is_refused_with_the_known_ones(client):
         "🍞👩‍🍳🇫🇷",
         "<script>alert(1)</script>",
         "a\x00\u202eb<|im_end|>",
-        "\ud83c\udf5e",
         "' OR 1=1 --",
     ],
 )
@@ -157,7 +156,7 @@ def test_a_file_of_the_machine_is_not_given_out(app):
             heard += line
             if "process_completed" in line:
                 break
-    assert "process_completed" in heard and "the secret" not in heard
+    assert "process_completed" in heard and '"success":false' in heard and "the secret" not in heard
 
 
 def test_an_upload_over_the_limit_is_refused(app):
