@@ -30,9 +30,9 @@
     setTimeout(() => (button.textContent = before), 1500);
   }
 
-  function bars(p, q) {
+  function bars(p, q, largest) {
     const bar = (value, kind) =>
-      `<span class="bar ${kind}"><i style="width:${Math.max(0.5, 100 * value)}%"></i><em>${share(value)}</em></span>`;
+      `<span class="bar ${kind}"><i style="width:${Math.max(0.5, (100 * value) / largest)}%"></i><em>${share(value)}</em></span>`;
     return `<td>${bar(p, "true")}</td><td>${bar(q, "flipped")}</td>`;
   }
 
@@ -47,13 +47,15 @@
     const words = JSON.parse(group.dataset.words);
     const [p, q, reward, rejects] = JSON.parse(token.dataset.token);
     const name = token.classList.contains("end") ? words.end : token.dataset.text;
-    const rows = rejects.map(([text, a, b]) => `<tr><th scope="row">${esc(text)}</th>${bars(a, b)}</tr>`).join("");
+    const largest = Math.max(p, q, ...rejects.flatMap(([, a, b]) => [a, b])); // full width
+    const row = (text, a, b) => `<tr><th scope="row">${esc(text)}</th>${bars(a, b, largest)}</tr>`;
+    const rows = rejects.map((reject) => row(...reject)).join("");
     token.closest(".loss-view").querySelector(".token-panel").innerHTML = `
       <h4>${esc(name)}</h4><p class="faint">${esc(words.number.replace("{number}", token.dataset.place))}</p>
       <p class="reward"><b>r = ${share(reward)}</b> <span class="faint">${esc(words.tie)}</span></p>
       <table><thead><tr><td></td><th scope="col" class="true">${esc(words.true)}</th>
       <th scope="col" class="flipped">${esc(words.flipped)}</th></tr></thead>
-      <tbody class="gold"><tr><th scope="row">${esc(name)}</th>${bars(p, q)}</tr></tbody>
+      <tbody class="gold">${row(name, p, q)}</tbody>
       <tbody><tr><th colspan="3" class="part">${esc(words.rejects)}</th></tr>${rows}</tbody></table>`;
   }
 

@@ -44,7 +44,19 @@ def status(ui: str, update: Update, working: str = "state_writing", elapsed: flo
         lines.append(f'<p class="note">{escape(text(ui, "cut", **query.cut))}</p>')
     if query and query.article and query.lang == "zh":
         lines.append(f'<p class="note">{escape(text(ui, "zh_topic"))}</p>')
+    for names in _same(update.columns if update.state == "done" else []):
+        listed = ", ".join(method_name(ui, name) for name in names)
+        lines.append(f'<p class="note">{escape(text(ui, "same_outline", names=listed))}</p>')
     return "".join(lines)
+
+
+def _same(columns: list[Column]) -> list[list[str]]:
+    """Methods that wrote the same outline in the same style, word for word."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for column in columns:
+        if column.text:
+            groups.setdefault((column.style, column.text), []).append(column.method)
+    return [methods for methods in groups.values() if len(methods) > 1]
 
 
 def refusal(message: str) -> str:
@@ -196,8 +208,7 @@ def _token(place: int, token: dict) -> str:
     compact = json.dumps(data, ensure_ascii=False, default=float, separators=(",", ":"))
     compact = re.sub(r"\d+\.\d{5,}(?:e-?\d+)?|\d+(?:\.\d+)?e-\d+", lambda m: f"{float(m[0]):.4g}", compact)
     shown = token["text"]
-    is_break = shown.strip(" ") == "" and "\n" in shown
-    label = "⏎" if is_break else shown if shown.strip() else "·"
+    label = shown if shown.strip() else "⏎" if "\n" in shown else "·"
     mark = (
         f'<button type="button" class="token{" end" if shown == END else ""}" tabindex="{0 if place == 0 else -1}" '
         f'style="{_colour(log_ratio)}" data-token="{escape(compact, quote=True)}" data-place="{place + 1}" '

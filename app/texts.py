@@ -89,6 +89,7 @@ TEXTS: dict[str, dict[str, str]] = {
         "state_reading": "Computing both prompts…",
         "state_done": "Done in {seconds} s.",
         "state_stopped": "Stopped after {seconds} s; what was written stays.",
+        "same_outline": "The same outline, word for word: {names}.",
         "cut": "The article has {tokens} tokens; the model was given the first {limit} ({chars} characters). "
         "Left out from “{rest}…” on.",
         "zh_topic": "With a Chinese article the prompt holds the article alone, as in the published data.",
@@ -103,7 +104,6 @@ TEXTS: dict[str, dict[str, str]] = {
         "flipped_prompt": "flipped prompt",
         "likelier_true": "likelier under “{style}”",
         "likelier_flipped": "likelier under “{style}”",
-        "same": "no difference",
         "mean_reward": "mean r",
         "preference_term": "preference loss",
         "cross_entropy": "cross-entropy",
@@ -228,6 +228,7 @@ TEXTS: dict[str, dict[str, str]] = {
         "state_reading": "正在计算两个提示…",
         "state_done": "用时 {seconds} 秒。",
         "state_stopped": "{seconds} 秒后停止；已写的内容保留。",
+        "same_outline": "逐字相同的提纲：{names}。",
         "cut": "文章有 {tokens} 个词元；模型读到前 {limit} 个（{chars} 个字符）。从“{rest}…”起被省去。",
         "zh_topic": "有中文文章时，提示里只有文章，与公开数据一致。",
         "preferences_lead": "TKPO 训练时把提纲的每个词元看两遍：一遍在**原**提示下，一遍在风格词被**翻转**的提示下。"
@@ -239,7 +240,6 @@ TEXTS: dict[str, dict[str, str]] = {
         "flipped_prompt": "翻转提示",
         "likelier_true": "“{style}”下更可能",
         "likelier_flipped": "“{style}”下更可能",
-        "same": "没有差别",
         "mean_reward": "平均 r",
         "preference_term": "偏好损失",
         "cross_entropy": "交叉熵",

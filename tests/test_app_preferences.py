@@ -129,6 +129,15 @@ def test_nothing_that_was_typed_or_written_becomes_markup():
     assert actions["data-text"] == column.text, "what is copied is what was written, character by character"
 
 
+def test_identical_outlines_are_said_to_be_so():
+    from app.service import Update
+
+    columns = [Column("sft", "literary", "1. A"), Column("dpo", "literary", "1. B"), Column("tkpo", "literary", "1. A")]
+    assert "word for word: SFT, TKPO" in render.status("en", Update("done", columns=columns))
+    assert "word for word" not in render.status("en", Update("writing", columns=columns))
+    assert "word for word" not in render.status("en", Update("done", columns=columns[:2]))
+
+
 def test_tokens_carry_their_numbers(result):
     shown = render.tokens("en", result)
     found = Tags(shown)

@@ -15,6 +15,7 @@ import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,8 +94,9 @@ def estimate(
     copy = 2 * model.parameters
     on_host = zero == 3 and offload
     reference = 0 if on_host else copy / (gpus * nodes) if zero == 3 else copy
+    tkpo_head = partial(_tkpo_head, num_rejects=num_rejects, chunk_size=chunk_size)
     heads = {
-        "tkpo": _carried(_tkpo_head(num_rejects, chunk_size), chunk_size, length, model.hidden, model.vocabulary),
+        "tkpo": _carried(tkpo_head, chunk_size, length, model.hidden, model.vocabulary),
         "dpo": _carried(_dpo_head, 16, 2 * length, model.hidden, model.vocabulary),
     }
     return {
@@ -134,19 +136,18 @@ def _states(model: Model, gpus: int, nodes: int, zero: int, offload: bool) -> tu
 # ---- the output head, counted ----------------------------------------------------------------------------
 
 
-def _tkpo_head(num_rejects: int, chunk_size: int) -> Callable[[int, int, int], int]:
-    def step(tokens: int, hidden: int, vocabulary: int) -> int:
-        weight = torch.nn.Parameter(torch.zeros(vocabulary, hidden, dtype=HALF))
-        states = torch.zeros(1, tokens, hidden, dtype=HALF, requires_grad=True)
-        labels = torch.zeros(1, tokens, dtype=torch.long)
-        with _Peak() as peak:
-            rejects = fused_reject_tokens(states.detach(), labels, weight.detach(), num_rejects, chunk_size=chunk_size)
-            tkpo_loss(states, labels, weight, rejects, chunk_size=chunk_size).loss.backward()
-        return peak.bytes
-
-    return step
+@cache
+def _tkpo_head(tokens: int, hidden: int, vocabulary: int, num_rejects: int, chunk_size: int) -> int:
+    weight = torch.nn.Parameter(torch.zeros(vocabulary, hidden, dtype=HALF))
+    states = torch.zeros(1, tokens, hidden, dtype=HALF, requires_grad=True)
+    labels = torch.zeros(1, tokens, dtype=torch.long)
+    with _Peak() as peak:
+        rejects = fused_reject_tokens(states.detach(), labels, weight.detach(), num_rejects, chunk_size=chunk_size)
+        tkpo_loss(states, labels, weight, rejects, chunk_size=chunk_size).loss.backward()
+    return peak.bytes
 
 
+@cache
 def _dpo_head(tokens: int, hidden: int, vocabulary: int) -> int:
     """Log-probabilities as LLaMA-Factory's DPO has them: log-softmax in float32 of the logits of every position."""
     weight = torch.nn.Parameter(torch.zeros(vocabulary, hidden, dtype=HALF))
