@@ -112,7 +112,7 @@
       history.replaceState(null, "", url);
       const button = document.querySelector("#link button, button#link");
       if (button) {
-        button.dataset.done ||= document.querySelector("[data-link-done]")?.dataset.linkDone ?? "✓";
+        button.dataset.done = document.querySelector("[data-link-done]").dataset.linkDone;
         flash(button);
       }
     },

@@ -318,7 +318,8 @@ def _method_choices(ui: str, service: OutlineService) -> list[tuple[str, str]]:
 
 
 def _title(ui: str) -> str:
-    return f"<h1><b>TKPO</b> <span>{text(ui, 'title')}</span></h1>"
+    done = text(ui, "link_done")  # for the page's script
+    return f'<h1 data-link-done="{done}"><b>TKPO</b> <span>{text(ui, "title")}</span></h1>'
 
 
 def _examples(texts: Texts) -> list[tuple[gr.Button, tuple]]:
