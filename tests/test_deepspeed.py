@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers import Qwen2ForCausalLM
 
 from tkpo.attributes import get_axis
 from tkpo.data import make_record
-from tkpo.distributed import deepspeed_file
+from tkpo.distributed import deepspeed_file, drop_stale_locks
 from tkpo.errors import TKPOError
 from tkpo.presets import resolve_model
 from tkpo.runs import RunConfig, last_checkpoint, run
@@ -89,7 +90,14 @@ def settings(home, name, output, **changes):
 def start(*command):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent)}
     command = [sys.executable, "-m", *map(str, command)]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would stop them when it is full
+    process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    return process, output
+
+
+def printed(output):
+    output.seek(0)
+    return output.read()[-4000:]
 
 
 def torchrun(*command):
@@ -117,13 +125,14 @@ def two_processes(home):
     return home
 
 
-def finish(process):
+def finish(started):
     """Wait for it; whatever happens here, it does not stay behind."""
+    process, output = started
     try:
-        text, _ = process.communicate()
+        process.wait()
     finally:
         process.terminate()  # the launchers take their workers along
-    assert process.returncode == 0, text[-4000:]
+    assert process.returncode == 0, printed(output)
 
 
 @pytest.fixture(scope="module")
@@ -251,12 +260,11 @@ def test_killed_processes_end_like_ones_left_in_peace(home, two_processes):
     config = settings(home, "tkpo", "2-killed", **KILLED)
     flags = [part for key, value in config.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     command = ("tkpo.cli", "train", *flags)
-    process = torchrun("-m", *command)
+    process, output = torchrun("-m", *command)
     log, deadline = home / "2-killed" / "log.jsonl", time.monotonic() + 300
     try:
         while not (last_checkpoint_of_two(log.parent) and len(curve(log.parent, "loss")) >= 5):
-            assert process.poll() is None, process.stdout.read()[-4000:]
-            assert time.monotonic() < deadline
+            assert process.poll() is None and time.monotonic() < deadline, printed(output)
             time.sleep(0.02)
     finally:
         process.kill()
@@ -291,7 +299,6 @@ def kill_workers(process):
                 os.kill(int(entry.name), signal.SIGKILL)
         except (OSError, ValueError):
             continue
-    process.stdout.close()
 
 
 def converted(checkpoint, folder):
@@ -344,3 +351,27 @@ def test_a_checkpoint_counts_when_every_process_has_written_it(tmp_path, monkeyp
     assert last_checkpoint(tmp_path) is None
     (folder / "rng_state_1.pth").touch()
     assert last_checkpoint(tmp_path) == str(folder)
+
+
+def test_a_build_lock_of_a_killed_process_is_no_obstacle(tmp_path, monkeypatch):
+    """torch's own baton takes and holds the lock, in a process that is then killed."""
+    folder = tmp_path / "py311_cpu" / "cpu_adam"
+    folder.mkdir(parents=True)
+    hold = (
+        "import sys, time\nfrom torch.utils.file_baton import FileBaton\n"
+        "assert FileBaton(sys.argv[1]).try_acquire()\nprint('held', flush=True)\ntime.sleep(300)"
+    )
+    command = [sys.executable, "-c", hold, str(folder / "lock")]
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        drop_stale_locks()
+        assert (folder / "lock").exists()
+        process.kill()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    drop_stale_locks()
+    assert (folder / "lock").exists()  # perhaps the other node's
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    drop_stale_locks()
+    assert not (folder / "lock").exists()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import time
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import Trainer, TrainingArguments
 
@@ -56,7 +59,36 @@ def init_deepspeed() -> None:
     """Tell DeepSpeed of the process group, which on a CPU transformers makes without it."""
     import deepspeed
 
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        drop_stale_locks()
     deepspeed.init_distributed()
+
+
+def drop_stale_locks() -> None:
+    """Remove the build locks that killed processes left; every later process would wait for them for ever.
+
+    DeepSpeed compiles its kernels at their first use, through torch.utils.cpp_extension, whose lock is a file that its
+    holder keeps open. A lock that no process here has open is stale, unless another node that shares the folder may
+    hold it: with several nodes only locks older than ten minutes go.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    several_nodes = os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE")
+    newest = time.time() - (600 if several_nodes else 0)
+    locks = {path.resolve() for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)}
+    locks = {path for path in locks if path.stat().st_mtime <= newest}
+    for path in locks - _open_files() if locks else ():
+        path.unlink(missing_ok=True)
+
+
+def _open_files() -> set[Path]:
+    """The files that processes of this machine have open, as far as they may be looked at."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            found.update(Path(file.path).resolve() for file in process.open_files())
+    return found
 
 
 def precision(deepspeed: str | None, dtype: torch.dtype) -> dict[str, bool]:
