@@ -1,7 +1,5 @@
 """Memory estimates: sizes against real models, the counted loss against arrays counted by hand."""
 
-from functools import partial
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -9,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from tkpo import estimate as module
 from tkpo.errors import TKPOError
 from tkpo.estimate import Model, describe, estimate
+from tkpo.loss import fused_reject_tokens, tkpo_loss
 
 pytest.importorskip("deepspeed", reason="needs: bash install.sh deepspeed")
 
@@ -58,11 +57,18 @@ def test_tkpos_head_does_not_grow_with_the_sequence():
     assert long < estimate(model, length=8192)["dpo"].head / 10
 
 
-@pytest.mark.parametrize(("tokens", "hidden", "vocabulary"), [(64, 128, 8000), (80, 192, 6000)])
+@pytest.mark.parametrize(("tokens", "hidden", "vocabulary"), [(64, 128, 8000), (80, 192, 6000), (48, 16, 20000)])
 def test_the_count_is_carried_to_other_sizes(tokens, hidden, vocabulary):
-    for step, chunk in ((partial(module._tkpo_head, num_rejects=20, chunk_size=16), 16), (module._dpo_head, 16)):
-        counted = step(tokens, hidden, vocabulary)
-        assert module._carried(step, chunk, tokens, hidden, vocabulary) == pytest.approx(counted, rel=0.03)
+    """Against a count of the whole at the real size."""
+    weight = torch.nn.Parameter(torch.zeros(vocabulary, hidden, dtype=torch.bfloat16))
+    states = torch.zeros(1, tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.zeros(1, tokens, dtype=torch.long)
+    with module._Peak() as peak:
+        rejects = fused_reject_tokens(states.detach(), labels, weight.detach(), 20, chunk_size=16)
+        tkpo_loss(states, labels, weight, rejects, chunk_size=16).loss.backward()
+    assert module._tkpo_head(tokens, hidden, vocabulary, 20, 16) == pytest.approx(peak.bytes, rel=0.03)
+    counted = module._dpo_head(tokens, hidden, vocabulary)
+    assert module._carried(module._dpo_head, 16, tokens, hidden, vocabulary) == pytest.approx(counted, rel=0.03)
 
 
 def test_the_counter_adds_up_what_lives_at_the_same_time():

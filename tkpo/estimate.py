@@ -94,9 +94,8 @@ def estimate(
     copy = 2 * model.parameters
     on_host = zero == 3 and offload
     reference = 0 if on_host else copy / (gpus * nodes) if zero == 3 else copy
-    tkpo_head = partial(_tkpo_head, num_rejects=num_rejects, chunk_size=chunk_size)
     heads = {
-        "tkpo": _carried(tkpo_head, chunk_size, length, model.hidden, model.vocabulary),
+        "tkpo": _tkpo_head(length, model.hidden, model.vocabulary, num_rejects, chunk_size),
         "dpo": _carried(_dpo_head, 16, 2 * length, model.hidden, model.vocabulary),
     }
     return {
@@ -136,13 +135,33 @@ def _states(model: Model, gpus: int, nodes: int, zero: int, offload: bool) -> tu
 # ---- the output head, counted ----------------------------------------------------------------------------
 
 
+def _tkpo_head(tokens: int, hidden: int, vocabulary: int, num_rejects: int, chunk_size: int) -> float:
+    """The larger of its two parts, which follow each other."""
+    loss = _carried(
+        partial(_loss, num_rejects=num_rejects, chunk_size=chunk_size), chunk_size, tokens, hidden, vocabulary
+    )
+    # The draw's own arrays do not shrink with the vocabulary, so that it is counted at the real one.
+    draws = [_draw(count * chunk_size, vocabulary, num_rejects, chunk_size) for count in (1, 2)]
+    return max(loss, draws[0] + (draws[1] - draws[0]) * (tokens / chunk_size - 1))
+
+
 @cache
-def _tkpo_head(tokens: int, hidden: int, vocabulary: int, num_rejects: int, chunk_size: int) -> int:
+def _draw(tokens: int, vocabulary: int, num_rejects: int, chunk_size: int) -> int:
+    weight = torch.zeros(vocabulary, 1, dtype=HALF)
+    states = torch.zeros(1, tokens, 1, dtype=HALF)
+    labels = torch.zeros(1, tokens, dtype=torch.long)
+    with _Peak() as peak:
+        fused_reject_tokens(states, labels, weight, num_rejects, chunk_size=chunk_size)
+    return peak.bytes
+
+
+@cache
+def _loss(tokens: int, hidden: int, vocabulary: int, num_rejects: int, chunk_size: int) -> int:
     weight = torch.nn.Parameter(torch.zeros(vocabulary, hidden, dtype=HALF))
     states = torch.zeros(1, tokens, hidden, dtype=HALF, requires_grad=True)
     labels = torch.zeros(1, tokens, dtype=torch.long)
     with _Peak() as peak:
-        rejects = fused_reject_tokens(states.detach(), labels, weight.detach(), num_rejects, chunk_size=chunk_size)
+        rejects = torch.zeros(tokens, num_rejects, dtype=torch.long)
         tkpo_loss(states, labels, weight, rejects, chunk_size=chunk_size).loss.backward()
     return peak.bytes
 

@@ -366,9 +366,14 @@ def _save(trainer, tokenizer, folder: Path, config: RunConfig, base_hash: str) -
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """The folder with adapter_config.json: `path`, or `path`/model of a run. TKPOError if neither is one."""
+    """The folder with adapter_config.json: `path`, or `path`/model of a run.
+
+    TKPOError if neither is one, or if its weights are no safetensors file: a pickle, which may run code, is not read.
+    """
     for folder in (Path(path), Path(path) / "model"):
         if (folder / "adapter_config.json").is_file():
+            if not (folder / "adapter_model.safetensors").is_file():
+                raise TKPOError(f"no adapter_model.safetensors in {folder}: weights are read from safetensors only")
             return folder
     raise TKPOError(f"no adapter in {path}: expected adapter_config.json there or in its folder model/")
 
