@@ -114,7 +114,7 @@ def test_outlines_stream_and_stop_at_once(visit):
     expect(body).not_to_contain_text("reading the prompt", timeout=SLOW)
     early = len(body.inner_text())
     page.wait_for_function("n => document.querySelector('#board .outline').innerText.length > n", arg=early)
-    page.get_by_role("button", name="Stop").first.click()
+    page.locator("#stop").click()
     expect(page.locator("#status")).to_contain_text("Stopped after", timeout=5_000)
     stopped = body.inner_text()
     page.wait_for_timeout(700)
