@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import re
 from html import escape
 from pathlib import Path
 
@@ -47,7 +48,12 @@ def _files(folder: Path, endings: tuple[str, ...]) -> list[Path]:
 
 
 def _title(path: Path) -> str:
-    return path.stem.replace("_", " ").replace("-", " ").capitalize()
+    """figure1-zh.png → Figure 1, 中文"""
+    numbered = re.fullmatch(r"(figure|table)(\d+)(?:-(en|zh))?", path.stem)
+    if not numbered:
+        return path.stem.replace("_", " ").replace("-", " ").capitalize()
+    kind, number, language = numbered.groups()
+    return f"{kind.capitalize()} {number}" + {"en": ", English", "zh": ", 中文", None: ""}[language]
 
 
 def _table(path: Path) -> str:
