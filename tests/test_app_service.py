@@ -291,7 +291,7 @@ def test_a_model_that_cannot_be_loaded_is_said_to_everybody(caplog):
     service = OutlineService("/no/such/folder", {})
     early = service.compare(service.check("Salt"))
     service.start()
-    with pytest.raises(Refused, match=r"could not be loaded: no/such/folder|could not be loaded: .*/no/such/folder"):
+    with pytest.raises(Refused, match="could not be loaded: no model '/no/such/folder'"):
         list(service.read(early))
     with pytest.raises(Refused, match="could not be loaded"):
         service.compare(service.check("Salt"))

@@ -76,8 +76,11 @@ def drop_stale_locks() -> None:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     several_nodes = os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE")
     newest = time.time() - (600 if several_nodes else 0)
-    locks = {path.resolve() for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)}
-    locks = {path for path in locks if path.stat().st_mtime <= newest}
+    locks = set()
+    for path in root.rglob("lock"):
+        with contextlib.suppress(FileNotFoundError):  # its holder has finished meanwhile
+            if path.stat().st_mtime <= newest:
+                locks.add(path.resolve())
     for path in locks - _open_files() if locks else ():
         path.unlink(missing_ok=True)
 

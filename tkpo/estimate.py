@@ -8,9 +8,7 @@ checkpointing they are small.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import itertools
 import weakref
 from collections.abc import Callable
@@ -108,9 +106,9 @@ def _states(model: Model, gpus: int, nodes: int, zero: int, offload: bool) -> tu
     """(bytes on a GPU, bytes on a node's host) of the model states."""
     if importlib.util.find_spec("deepspeed") is None:
         raise TKPOError("an estimate needs DeepSpeed: pip install 'tkpo[deepspeed]' (or: bash install.sh deepspeed)")
-    with contextlib.redirect_stdout(io.StringIO()):  # its import talks
-        from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as three
-        from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as two
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as three
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as two
+
     if zero == 3:
         host, gpu, _ = three(
             model.parameters,
@@ -147,19 +145,15 @@ def _tkpo_head(tokens: int, hidden: int, vocabulary: int, num_rejects: int, chun
 
 @cache
 def _draw(tokens: int, vocabulary: int, num_rejects: int, chunk_size: int) -> int:
-    weight = torch.zeros(vocabulary, 1, dtype=HALF)
-    states = torch.zeros(1, tokens, 1, dtype=HALF)
-    labels = torch.zeros(1, tokens, dtype=torch.long)
-    with _Peak() as peak:
+    states, labels, weight = _inputs(tokens, 1, vocabulary)
+    with torch.no_grad(), _Peak() as peak:
         fused_reject_tokens(states, labels, weight, num_rejects, chunk_size=chunk_size)
     return peak.bytes
 
 
 @cache
 def _loss(tokens: int, hidden: int, vocabulary: int, num_rejects: int, chunk_size: int) -> int:
-    weight = torch.nn.Parameter(torch.zeros(vocabulary, hidden, dtype=HALF))
-    states = torch.zeros(1, tokens, hidden, dtype=HALF, requires_grad=True)
-    labels = torch.zeros(1, tokens, dtype=torch.long)
+    states, labels, weight = _inputs(tokens, hidden, vocabulary)
     with _Peak() as peak:
         rejects = torch.zeros(tokens, num_rejects, dtype=torch.long)
         tkpo_loss(states, labels, weight, rejects, chunk_size=chunk_size).loss.backward()
@@ -169,12 +163,17 @@ def _loss(tokens: int, hidden: int, vocabulary: int, num_rejects: int, chunk_siz
 @cache
 def _dpo_head(tokens: int, hidden: int, vocabulary: int) -> int:
     """Log-probabilities as LLaMA-Factory's DPO has them: log-softmax in float32 of the logits of every position."""
-    weight = torch.nn.Parameter(torch.zeros(vocabulary, hidden, dtype=HALF))
-    states = torch.zeros(1, tokens, hidden, dtype=HALF, requires_grad=True)
-    labels = torch.zeros(1, tokens, 1, dtype=torch.long)
+    states, labels, weight = _inputs(tokens, hidden, vocabulary)
     with _Peak() as peak:
-        (states @ weight.T).float().log_softmax(-1).gather(2, labels).sum().backward()
+        (states @ weight.T).float().log_softmax(-1).gather(2, labels.unsqueeze(-1)).sum().backward()
     return peak.bytes
+
+
+def _inputs(tokens: int, hidden: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states (1, tokens, hidden), labels (1, tokens) and the head's weight (vocabulary, hidden), all zero."""
+    states = torch.zeros(1, tokens, hidden, dtype=HALF, requires_grad=True)
+    weight = torch.zeros(vocabulary, hidden, dtype=HALF, requires_grad=True)
+    return states, torch.zeros(1, tokens, dtype=torch.long), weight
 
 
 def _carried(count: Callable[[int, int, int], int], chunk: int, tokens: int, hidden: int, vocabulary: int) -> float:

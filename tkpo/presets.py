@@ -34,6 +34,11 @@ from transformers import (
 
 from tkpo.errors import TKPOError
 
+# transformers imports DeepSpeed, where it is installed, to save a model. Without an accelerator DeepSpeed guesses the
+# CPU and says so on stdout, in the middle of what our commands print.
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 
 @dataclass(frozen=True)
 class Preset:
