@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))  # a Space installs requirements.txt, not this pro
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from app.service import STYLES, Limits, OutlineService  # noqa: E402
+from app.service import Limits, OutlineService, style_axes  # noqa: E402
 from tkpo.errors import TKPOError  # noqa: E402
 
 METHODS = ("sft", "dpo", "tkpo")
@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
     try:
         limits = Limits(article_tokens=args.article_tokens, waiting=args.queue)
-        service = OutlineService(args.model, adapter_folders(args.adapters), args.dtype, args.device, limits)
+        adapters = adapter_folders(args.adapters, args.axes_file)
+        service = OutlineService(args.model, adapters, args.dtype, args.device, limits, args.axes_file)
     except TKPOError as error:
         print(f"app: {error}", file=sys.stderr)
         return 2
@@ -42,20 +43,24 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def adapter_folders(given: list[str] | None) -> dict[str, Path]:
+def adapter_folders(given: list[str] | None, axes_file: str | None = None) -> dict[str, Path]:
     """Adapter name → folder. Default: the shipped ones, "axis/method"; TKPOError for a folder that is none."""
     from tkpo.runs import adapter_folder
 
+    axes = dict.fromkeys(axis.name for axis in style_axes(axes_file).values())
     if given is None:
-        axes = dict.fromkeys(STYLES.values())
+        if axes_file:
+            raise TKPOError(
+                f"--axes-file {axes_file} needs --adapters: the shipped adapters write the shipped styles only"
+            )
         folders = {f"{a}/{m}": ROOT / "paper" / "checkpoints" / a / m for a in axes for m in METHODS}
         return {name: adapter_folder(folder) for name, folder in folders.items()}
     folders = {}
     for entry in given:
         name, _, folder = entry.partition("=")
         axis, _, method = name.rpartition("/")
-        if not folder or not method or axis not in ("", *STYLES.values()):
-            known = " or ".join(dict.fromkeys(STYLES.values()))
+        if not folder or not method or axis not in ("", *axes):
+            known = " or ".join(axes)
             raise TKPOError(f"--adapters {entry}: expected METHOD=FOLDER or AXIS/METHOD=FOLDER, where AXIS is {known}")
         if method == "base":
             raise TKPOError("--adapters: base is the model without an adapter and always there; choose another name")
@@ -71,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="[AXIS/]METHOD=FOLDER",
         help="adapters in place of the shipped ones; without AXIS an adapter serves all styles",
+    )
+    parser.add_argument(
+        "--axes-file", metavar="FILE", help="YAML table of axes of your own: its styles in place of the shipped ones"
     )
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", help="cpu or cuda; default: what there is")

@@ -16,8 +16,8 @@ from fastapi.responses import JSONResponse
 from app import render
 from app.offline import NoForeignScripts
 from app.paper import paper_page
-from app.service import BASE, STYLES, Column, Job, OutlineService, Query, Refused, Update, read_article
-from app.texts import UI_LANGUAGES, text
+from app.service import BASE, Column, Job, OutlineService, Query, Refused, Update, read_article
+from app.texts import UI_LANGUAGES, add_styles, text
 from tkpo.attributes import LANGUAGES
 from tkpo.errors import TKPOError
 
@@ -38,12 +38,14 @@ HIDDEN = {"api_name": False}  # the page's own events are not the API
 
 def build(service: OutlineService, root: Path) -> gr.Blocks:
     """The Blocks of the page; `service` may still be loading."""
+    add_styles(service.axes)
+    styles = list(service.axes)
     texts = Texts()
     jobs: dict[tuple[str, str], Job] = {}  # (session, tab) → what Stop stops
 
     methods = [m for m in service.methods() if m != BASE] or [BASE]
-    first_board = [Column(m, "literary") for m in methods]
-    first_styles = [Column(methods[-1], s) for s in STYLES]
+    first_board = [Column(m, styles[0]) for m in methods]
+    first_styles = [Column(methods[-1], s) for s in styles]
 
     with gr.Blocks(**_page_options(gr.Blocks)) as page:
         # ---- head ----
@@ -61,7 +63,7 @@ def build(service: OutlineService, root: Path) -> gr.Blocks:
             # ---- compare methods ----
             with gr.Tab("…", id="compare") as tab:
                 texts.bind(tab, label="tab_compare")
-                ask = QueryForm(texts, "compare", with_style=True)
+                ask = QueryForm(texts, "compare", styles)
                 with gr.Row(elem_classes="go"):
                     run = gr.Button("…", variant="primary", elem_id="run")
                     stop = gr.Button("…", elem_id="stop", interactive=False)
@@ -97,7 +99,7 @@ def build(service: OutlineService, root: Path) -> gr.Blocks:
                 texts.bind(tab, label="tab_preferences")
                 p_lead = gr.Markdown(elem_classes="lead")
                 texts.bind(p_lead, value="preferences_lead")
-                p_ask = QueryForm(texts, "preferences", with_style=True, with_sampling=False)
+                p_ask = QueryForm(texts, "preferences", styles, with_sampling=False)
                 p_outline = gr.Textbox(lines=6, max_lines=14, elem_id="preferences-outline")
                 texts.bind(p_outline, label="outline", placeholder="outline_hint")
                 p_method = gr.Radio([], value=methods[-1], elem_id="preferences-method", elem_classes="inline")
@@ -154,7 +156,7 @@ def build(service: OutlineService, root: Path) -> gr.Blocks:
 
         def on_styles(u, topic, article, language, temperature, seed, length, method, request: gr.Request):
             try:
-                query = service.check(topic, article, "literary", language, temperature, seed, length)
+                query = service.check(topic, article, None, language, temperature, seed, length)
                 yield from show("styles", u, service.styles(query, method), "style", request.session_hash)
             except TKPOError as error:
                 yield refuse(u, error)
@@ -235,7 +237,7 @@ def build(service: OutlineService, root: Path) -> gr.Blocks:
                 time.sleep(1)
             yield render.refusal(text(u, "refused_broken", why=service.error)) if service.error else ""
 
-        link_read = gr.JSON([list(STYLES), ["auto", *LANGUAGES], service.limits.article_chars], visible=False)
+        link_read = gr.JSON([styles, ["auto", *LANGUAGES], service.limits.article_chars], visible=False)
         page.load(
             None,
             [*ask_inputs, ui, link_read],
@@ -271,16 +273,20 @@ class Texts:
 
 
 class QueryForm:
-    """Topic, article and what goes with them; each tab has one of its own."""
+    """Topic, article and what goes with them; each tab has one of its own. styles: to choose from, if any."""
 
-    def __init__(self, texts: Texts, tab: str, with_style: bool = False, with_sampling: bool = True):
+    def __init__(self, texts: Texts, tab: str, styles: list[str] | None = None, with_sampling: bool = True):
         with gr.Column(elem_classes="query"):
             self.topic = gr.Textbox(max_lines=1, elem_id=f"{tab}-topic", autofocus=tab == "compare")
             texts.bind(self.topic, label="topic", placeholder="topic_hint")
-            chips = _examples(texts) if tab == "compare" else []
-            if with_style:
-                self.style = gr.Radio([], value="literary", elem_id=f"{tab}-style", elem_classes="styles")
-                texts.bind(self.style, label="style", choices=_style_choices)
+            chips = _examples(texts, styles) if tab == "compare" else []
+            if styles:
+                self.style = gr.Radio([], value=styles[0], elem_id=f"{tab}-style", elem_classes="styles")
+                texts.bind(
+                    self.style,
+                    label="style",
+                    choices=lambda ui: [(text(ui, f"style_{style}"), style) for style in styles],
+                )
             with gr.Row(elem_classes="folds"):
                 with gr.Accordion("…", open=False, elem_classes="fold") as fold:
                     texts.bind(fold, label="article")
@@ -289,7 +295,7 @@ class QueryForm:
                     self.file = gr.File(file_types=[".txt", ".md"], type="filepath", height=96, elem_id=f"{tab}-file")
                     texts.bind(self.file, label="article_file")
                     self.file_said = gr.HTML()
-                with gr.Accordion("…", open=False, elem_classes="fold", visible=with_sampling or with_style) as fold:
+                with gr.Accordion("…", open=False, elem_classes="fold", visible=with_sampling or bool(styles)) as fold:
                     texts.bind(fold, label="advanced" if with_sampling else "language")
                     self.language = gr.Radio([], value="auto", elem_id=f"{tab}-language", elem_classes="inline")
                     texts.bind(self.language, label="language", choices=_language_choices)
@@ -300,13 +306,9 @@ class QueryForm:
                         texts.bind(self.temperature, label="temperature", info="temperature_info")
                         self.seed = gr.Number(value=0, precision=0, minimum=0, elem_id=f"{tab}-seed")
                         texts.bind(self.seed, label="seed", info="seed_info")
-        filled = [self.topic, self.style, self.article, self.language] if with_style else []
+        filled = [self.topic, self.style, self.article, self.language] if styles else []
         for button, values in chips:
             button.click(lambda values=values: values, None, filled, show_progress="hidden", **HIDDEN)
-
-
-def _style_choices(ui: str) -> list[tuple[str, str]]:
-    return [(text(ui, f"style_{style}"), style) for style in STYLES]
 
 
 def _language_choices(ui: str) -> list[tuple[str, str]]:
@@ -322,11 +324,12 @@ def _title(ui: str) -> str:
     return f'<h1 data-link-done="{done}"><b>TKPO</b> <span>{text(ui, "title")}</span></h1>'
 
 
-def _examples(texts: Texts) -> list[tuple[gr.Button, tuple]]:
+def _examples(texts: Texts, styles: list[str]) -> list[tuple[gr.Button, tuple]]:
     """Buttons, and what each puts into topic, style, article and language."""
     chips = []
     with gr.Row(elem_classes="examples"):
         for topic, style, file in EXAMPLES:
+            style = style if style in styles else styles[len(chips) % len(styles)]
             article = (HERE / "examples" / file).read_text(encoding="utf-8").strip() if file else ""
             button = gr.Button("…", size="sm", elem_classes="example")
             texts.bind(button, value=lambda ui, t=topic, s=style: f"{t} · {text(ui, f'name_{s}')}")
@@ -348,11 +351,12 @@ def _read_file(ui: str, path: str | None):
 
 def _api(service: OutlineService) -> None:
     """/compare, /styles and /preferences, with the page's checks; a refusal is the error's message."""
+    first_style = next(iter(service.axes))
 
     def compare(
         topic: str,
         article: str = "",
-        style: str = "literary",
+        style: str = first_style,
         language: str = "auto",
         temperature: float = 0.0,
         seed: int = 0,
@@ -374,9 +378,9 @@ def _api(service: OutlineService) -> None:
         seed: int = 0,
         length: int = DEFAULT_LENGTH,
     ) -> dict:
-        """Outlines of one topic or article by one method in all four styles; yields them while they grow."""
+        """Outlines of one topic or article by one method in every style; yields them while they grow."""
         with _refusals():
-            query = service.check(topic, article, "literary", language, temperature, seed, length)
+            query = service.check(topic, article, None, language, temperature, seed, length)
             for update in service.read(service.styles(query, method)):
                 yield _outlines(update)
                 time.sleep(STREAM_EVERY * (update.state == "writing"))
@@ -385,7 +389,7 @@ def _api(service: OutlineService) -> None:
         topic: str,
         outline: str,
         article: str = "",
-        style: str = "literary",
+        style: str = first_style,
         method: str = "tkpo",
         language: str = "auto",
         seed: int = 0,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tkpo.attributes import get_axis
+from tkpo.attributes import Axis
 from tkpo.flip import PromptFlipper
 from tkpo.loss import draw_reject_tokens, preference_loss
 
@@ -21,6 +21,7 @@ HEAD_BLOCK = 16384  # rows of the output head that are converted at the same tim
 def token_preferences(
     generator,
     record: dict,
+    axis: Axis,
     outline: str,
     adapter: str,
     seed: int = 0,
@@ -35,7 +36,7 @@ def token_preferences(
     p and p_flipped, likeliest under the flipped prompt first. The last token is the end of the turn, as in training.
     K and τ are the published 20 and 0.15; a tiny vocabulary allows only smaller K.
     """
-    tokenizer, axis = generator.tokenizer, get_axis(record["axis"])
+    tokenizer = generator.tokenizer
     prompt = generator.prompt_ids(record)
     encoded = tokenizer(outline, add_special_tokens=False, return_offsets_mapping=True)
     whole = encoded["input_ids"]

@@ -8,7 +8,7 @@ import re
 from html import escape
 
 from app.preferences import END
-from app.service import STYLES, Column, Query, Update
+from app.service import Column, Query, Update
 from app.texts import TEXTS, text
 
 LINE = re.compile(r"(\s*)(\d+(?:\.\d+)*)[.、)]?\s+(.*)")
@@ -162,7 +162,7 @@ def tokens(ui: str, result: dict | None) -> str:
     """The coloured outline with the figures of its loss, and an empty panel that the page's script fills."""
     if not result:
         return f'<div class="tokens-empty faint">{escape(text(ui, "empty_preferences"))}</div>'
-    true, flipped = (text(ui, f"name_{result[key]}") if result[key] in STYLES else result[key] for key in KEYS)
+    true, flipped = (text(ui, f"name_{result[key]}") for key in KEYS)
     count = len(result["tokens"])
     marks = "".join(_token(i, token) for i, token in enumerate(result["tokens"]))
     rejects = len(result["tokens"][0]["rejects"])

@@ -18,19 +18,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from app.texts import text
-from tkpo.attributes import LANGUAGES, detect_language, get_axis
+from tkpo.attributes import LANGUAGES, Axis, detect_language, load_axes
 from tkpo.data import load_records, make_record
 from tkpo.errors import TKPOError
 from tkpo.outline import length, parse
 
 logger = logging.getLogger(__name__)
 
-STYLES = {  # style → the axis whose adapters write it
-    "literary": "language_style",
-    "objective": "language_style",
-    "comprehensive": "level_of_detail",
-    "concise": "level_of_detail",
-}
 BASE = "base"
 SPECIAL = re.compile(r"<\|([^|<>]{0,40})\|>")  # would be read as control tokens of the chat
 NOT_TEXT = {"Cc", "Cs", "Cn", "Co"}  # Unicode categories: control, lone surrogate, unassigned, private
@@ -64,24 +58,21 @@ class Refused(TKPOError):
 
 @dataclass(frozen=True)
 class Query:
-    """A checked request. `cut`: what was left out of the article, or None."""
+    """A checked request. axes: style → its axis; cut: what was left out of the article, or None."""
 
     topic: str
     article: str
     style: str
+    axes: dict[str, Axis]
     lang: str
     temperature: float
     seed: int
     tokens: int
     cut: dict | None = None
 
-    @property
-    def axis(self) -> str:
-        return STYLES[self.style]
-
     def record(self, style: str | None = None) -> dict:
         style = style or self.style
-        return make_record(get_axis(STYLES[style]), style, self.topic, self.article or None, self.lang)
+        return make_record(self.axes[style], style, self.topic, self.article or None, self.lang)
 
 
 @dataclass
@@ -151,12 +142,22 @@ class Job:
 class OutlineService:
     """Outlines, styles and token preferences for many visitors of one model.
 
-    model: preset, folder or hub id. adapters: "axis/method" (or "method", for both axes) → adapter folder.
+    model: preset, folder or hub id. adapters: "axis/method" (or "method", for all axes) → adapter folder.
+    axes_file: YAML table of the axes whose styles are offered; default: the shipped one.
     `start` returns at once; requests made while the model loads wait for it.
     """
 
-    def __init__(self, model: str, adapters: dict[str, Path], dtype="auto", device=None, limits: Limits | None = None):
+    def __init__(
+        self,
+        model: str,
+        adapters: dict[str, Path],
+        dtype="auto",
+        device=None,
+        limits: Limits | None = None,
+        axes_file: str | Path | None = None,
+    ):
         self.limits = limits or Limits()
+        self.axes = style_axes(axes_file)
         self.generator = None
         self.stage, self.error = "starting", None
         self.began = time.monotonic()
@@ -172,7 +173,7 @@ class OutlineService:
 
     def methods(self, style: str | None = None) -> list[str]:
         """Methods with an adapter for a style (default: for any), in the order they were given; base is the last."""
-        axes = [STYLES[style]] if style else list(dict.fromkeys(STYLES.values()))
+        axes = {axis.name for axis in ([self.axes[style]] if style else self.axes.values())}
         names = [name.rpartition("/")[2] for name in self.adapters if "/" not in name or name.split("/")[0] in axes]
         return [*dict.fromkeys(names), BASE]
 
@@ -180,7 +181,7 @@ class OutlineService:
         """Name of the adapter of `method` for the axis of `style`. Refused if there is none."""
         if method == BASE:
             return BASE
-        for name in (f"{STYLES[style]}/{method}", method):
+        for name in (f"{self.axes[style].name}/{method}", method):
             if name in self.adapters:
                 return name
         raise Refused("method", method=str(method)[:60], known=", ".join(self.methods(style)))
@@ -196,10 +197,12 @@ class OutlineService:
 
     # ---- requests ----
 
-    def check(
-        self, topic="", article="", style="literary", language="auto", temperature=0.0, seed=0, length=160
-    ) -> Query:
-        """A Query from whatever a page or a client sent; Refused says what is wrong with it."""
+    def check(self, topic="", article="", style=None, language="auto", temperature=0.0, seed=0, length=160) -> Query:
+        """A Query from whatever a page or a client sent; Refused says what is wrong with it.
+
+        No style is the first one.
+        """
+        style = next(iter(self.axes)) if style is None else style
         topic = " ".join(self._clean(topic, "topic").split())
         article = self._clean(article, "article").strip()
         if len(topic) > self.limits.topic_chars:
@@ -210,13 +213,14 @@ class OutlineService:
             raise Refused("empty")
         if not topic:
             topic = " ".join(article.split("\n", 1)[0].split())[:80]
-        self._known("style", style, STYLES)
+        self._known("style", style, self.axes)
         self._known("language", language, ("auto", *LANGUAGES))
         lang = detect_language(f"{topic} {article}") if language == "auto" else language
+        self._known("language", lang, self.axes[style].phrases[style])
         temperature = self._number("temperature", temperature, 0, 2)
         seed = int(self._number("seed", seed, 0, 2**31 - 1, whole=True))
         tokens = int(self._number("length", length, 8, self.limits.outline_tokens, whole=True))
-        return Query(topic, article, style, lang, temperature, seed, tokens)
+        return Query(topic, article, style, self.axes, lang, temperature, seed, tokens)
 
     def compare(self, query: Query, methods: list[str] | None = None) -> Job:
         """One style, several methods (default: all that have an adapter): updates carry one column a method."""
@@ -224,8 +228,8 @@ class OutlineService:
         return self._outlines(query, [(method, query.style) for method in methods])
 
     def styles(self, query: Query, method: str) -> Job:
-        """One method, all four styles: updates carry one column a style."""
-        return self._outlines(query, [(method, style) for style in STYLES])
+        """One method, every style: updates carry one column a style."""
+        return self._outlines(query, [(method, style) for style in self.axes])
 
     def preferences(self, query: Query, outline: object, method: str) -> Job:
         """The update's result is what `app.preferences.token_preferences` returns for this outline."""
@@ -243,7 +247,9 @@ class OutlineService:
             job.publish(Update("writing", query=query))
             cut = self._cut(query)
             limit = self.limits.outline_tokens
-            result = token_preferences(self.generator, cut.record(), outline, adapter, cut.seed, limit, job.should_stop)
+            result = token_preferences(
+                self.generator, cut.record(), cut.axes[cut.style], outline, adapter, cut.seed, limit, job.should_stop
+            )
             state = "done" if result else "stopped"
             return Update(state, result=result, seconds=time.monotonic() - began, query=cut)
 
@@ -369,7 +375,7 @@ class OutlineService:
         except ValueError:
             column.headings = sum(bool(HEADING.match(line)) for line in column.text.split("\n"))
         self._classified.wait(30)  # only the first visitor after a start may have to
-        classifier = self._classifiers.get((STYLES[column.style], query.lang))
+        classifier = self._classifiers.get((self.axes[column.style].name, query.lang))
         if classifier and column.text:
             column.verdict = max(classifier.predict_proba(column.text).items(), key=lambda item: item[1])
         return column
@@ -435,7 +441,8 @@ class OutlineService:
         generator = OutlineGenerator(self._model, self.adapters, self._dtype, self._device)
         self.generator = generator
         self.stage = "warming"
-        query = self.check(topic="Salt", length=8)
+        lang = next(iter(next(iter(self.axes.values())).phrases[next(iter(self.axes))]))
+        query = self.check(topic="Salt", length=8, language=lang)
         rows = [self.adapter(method, query.style) for method in self.methods(query.style)]
         generator.generate([query.record()] * len(rows), rows, max_new_tokens=2)
         self.stage = "ready"
@@ -445,16 +452,24 @@ class OutlineService:
         """From the training split's references, as in the evaluation; without the data set no verdict is given."""
         from tkpo.metrics import StyleClassifier
 
-        try:
-            for axis in dict.fromkeys(STYLES.values()):
+        for axis in dict.fromkeys(axis.name for axis in self.axes.values()):
+            try:
                 for lang in LANGUAGES:
                     records = load_records(axis, "train", lang, folder=Path(__file__).parent.parent / "data")
                     outlines = [r["output"] for r in records], [r["attribute"] for r in records]
                     self._classifiers[axis, lang] = StyleClassifier(lang).fit(*outlines)
-        except TKPOError as error:
-            logger.warning("no style verdicts: %s", error)
-        finally:
-            self._classified.set()
+            except TKPOError as error:
+                logger.warning("no style verdicts for %s: %s", axis, error)
+        self._classified.set()
+
+
+def style_axes(axes_file: str | Path | None = None) -> dict[str, Axis]:
+    """Style → its axis, in the table's order; a style that two axes have belongs to the first."""
+    found: dict[str, Axis] = {}
+    for axis in load_axes(axes_file).values():
+        for style in axis.attributes:
+            found.setdefault(style, axis)
+    return found
 
 
 def read_article(data: bytes, name: str) -> str:

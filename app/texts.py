@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tkpo.attributes import Axis
+
 UI_LANGUAGES = {"en": "English", "zh": "中文"}
 
 TEXTS: dict[str, dict[str, str]] = {
@@ -42,8 +44,8 @@ TEXTS: dict[str, dict[str, str]] = {
         "length_info": "100 tokens are some 75 English words",
         "method": "Method",
         # buttons
-        "run_compare": "Write three outlines",
-        "run_styles": "Write four outlines",
+        "run_compare": "Write the outlines",
+        "run_styles": "Write every style",
         "run_preferences": "Show token preferences",
         "stop": "Stop",
         "link": "Copy link to this query",
@@ -183,8 +185,8 @@ TEXTS: dict[str, dict[str, str]] = {
         "length": "提纲最长词元数",
         "length_info": "100 个词元约合 150 个汉字",
         "method": "方法",
-        "run_compare": "写三份提纲",
-        "run_styles": "写四份提纲",
+        "run_compare": "写提纲",
+        "run_styles": "每种风格写一份",
         "run_preferences": "显示词元偏好",
         "stop": "停止",
         "link": "复制此查询的链接",
@@ -282,6 +284,15 @@ TEXTS: dict[str, dict[str, str]] = {
         "refused_file_binary": "{name} 不是 UTF-8、UTF-16 或 GB 18030 的文本文件。",
     },
 }
+
+
+def add_styles(axes: dict[str, Axis]) -> None:
+    """Words for the styles that have none above, from their phrases; axes: style → its axis."""
+    for ui, contrast in (("en", "Not {other}"), ("zh", "与“{other}”相对")):
+        for style, axis in axes.items():
+            name, other = (axis.phrases[s].get(ui) or s for s in (style, axis.flip[style]))
+            TEXTS[ui].setdefault(f"name_{style}", name)
+            TEXTS[ui].setdefault(f"style_{style}", f"{name[:1].upper()}{name[1:]}\n{contrast.format(other=other)}")
 
 
 def text(ui: str, key: str, **values) -> str:

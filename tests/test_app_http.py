@@ -246,6 +246,28 @@ def test_a_wrong_adapter_is_refused_at_the_start(tmp_path):
     assert done.returncode == 2 and "AXIS/METHOD=FOLDER" in done.stderr
 
 
+def test_own_styles_are_served_by_an_own_adapter(tmp_path, adapters):
+    table = tmp_path / "my-axes.yaml"
+    table.write_text(
+        "attributes:\n  formal: {en: formal, zh: 正式}\n  casual: {en: casual, zh: 随意}\n"
+        "axes:\n  register: {formal: casual, casual: formal}\n",
+        encoding="utf-8",
+    )
+    done = start("--axes-file", str(table))
+    assert done.returncode == 2 and "--adapters" in done.stderr and "Traceback" not in done.stderr
+    mine = "register/mine=" + adapters[0].partition("=")[2]
+    with running_app(tmp_path, "--dtype", "float32", "--axes-file", str(table), "--adapters", mine) as (address, _):
+        client = gradio_client.Client(address, verbose=False)
+        final = client.predict(topic="Salt", style="casual", length=8, api_name="/compare")
+        assert [(o["method"], o["style"]) for o in final["outlines"]] == [("mine", "casual")]
+        every = client.predict(topic="盐", method="mine", length=8, api_name="/styles")
+        assert [o["style"] for o in every["outlines"]] == ["formal", "casual"] and every["language"] == "zh"
+        seen = client.predict(topic="Salt", outline="1. Salt", style="casual", method="mine", api_name="/preferences")
+        assert (seen["style"], seen["flipped"]) == ("casual", "formal")
+        with pytest.raises(AppError, match="formal, casual"):
+            client.predict(topic="Salt", style="literary", api_name="/compare")
+
+
 def test_no_pickle_is_ever_loaded(tmp_path, adapters):
     """An adapter whose weights are a pickle is refused; the shipped ones are safetensors."""
     from pathlib import Path

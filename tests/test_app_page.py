@@ -69,7 +69,7 @@ def write(page, topic="Why bread rises", style=None):
     topic_field(page).fill(topic)
     if style:
         page.get_by_role("radio", name=re.compile(style)).first.check()
-    page.get_by_role("button", name="Write three outlines").click()
+    page.get_by_role("button", name="Write the outlines").click()
 
 
 def sheets(page):
@@ -223,14 +223,14 @@ def test_the_page_speaks_chinese_and_keeps_what_was_written(visit):
     expect(page.locator("#board .actions")).to_have_count(3, timeout=SLOW)
     before = page.locator("#board .actions").nth(0).get_attribute("data-text")
     page.get_by_role("radio", name="中文").first.check()
-    expect(page.locator("#run")).to_have_text("写三份提纲", timeout=SLOW)
+    expect(page.locator("#run")).to_have_text("写提纲", timeout=SLOW)
     expect(page.get_by_role("tab", name="词元偏好")).to_be_visible()
     expect(sheets(page).nth(0).locator(".verdict")).to_contain_text("读来像")
     assert page.locator("#board .actions").nth(0).get_attribute("data-text") == before
 
 
 def test_a_chinese_browser_gets_a_chinese_page(visit):
-    expect(visit(locale="zh-CN").locator("#run")).to_have_text("写三份提纲", timeout=SLOW)
+    expect(visit(locale="zh-CN").locator("#run")).to_have_text("写提纲", timeout=SLOW)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

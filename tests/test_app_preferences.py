@@ -16,6 +16,7 @@ from tkpo.data import make_record, user_message
 from tkpo.generation import OutlineGenerator
 from tkpo.presets import load_model, load_tokenizer
 
+AXIS = get_axis("language_style")
 OUTLINE = "1. Salt & 海\n2. <b>Bread</b>"
 
 
@@ -26,14 +27,14 @@ def generator():
 
 @pytest.fixture(scope="module")
 def result(generator):
-    record = make_record(get_axis("language_style"), "literary", "Salt", lang="en")
-    return token_preferences(generator, record, OUTLINE, "base", seed=3)
+    record = make_record(AXIS, "literary", "Salt", lang="en")
+    return token_preferences(generator, record, AXIS, OUTLINE, "base", seed=3)
 
 
 def plain(attribute):
     """(n, V) probabilities of the outline's tokens and the end of turn, by transformers in float64."""
     model, tokenizer = load_model("tiny", "float64", "cpu"), load_tokenizer("tiny")
-    record = make_record(get_axis("language_style"), attribute, "Salt", lang="en")
+    record = make_record(AXIS, attribute, "Salt", lang="en")
     chat = [{"role": "user", "content": user_message(record)}]
     prompt = tokenizer(
         tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True), add_special_tokens=False
@@ -78,16 +79,17 @@ def test_tokens_put_together_are_the_outline(result):
 
 
 def test_draws_follow_the_seed(generator):
-    record = make_record(get_axis("level_of_detail"), "concise", "Salt", lang="en")
-    draw = lambda seed: token_preferences(generator, record, "1. Salt", "base", seed)["tokens"][0]["rejects"]  # noqa: E731
+    axis = get_axis("level_of_detail")
+    record = make_record(axis, "concise", "Salt", lang="en")
+    draw = lambda seed: token_preferences(generator, record, axis, "1. Salt", "base", seed)["tokens"][0]["rejects"]  # noqa: E731
     assert draw(1) == draw(1) != draw(2)
 
 
 def test_a_long_outline_is_cut_and_a_stopped_one_gives_nothing(generator):
-    record = make_record(get_axis("language_style"), "literary", "Salt", lang="en")
-    cut = token_preferences(generator, record, "x" * 30, "base", limit=20)
+    record = make_record(AXIS, "literary", "Salt", lang="en")
+    cut = token_preferences(generator, record, AXIS, "x" * 30, "base", limit=20)
     assert len(cut["tokens"]) == 20 and cut["cut"] == 10
-    assert token_preferences(generator, record, "x", "base", should_stop=lambda: True) is None
+    assert token_preferences(generator, record, AXIS, "x", "base", should_stop=lambda: True) is None
 
 
 # ---- HTML ----
@@ -111,7 +113,17 @@ EVIL = "\"><img src=x onerror=alert(1)><script>alert(2)</script>'&lt;"
 
 
 def test_nothing_that_was_typed_or_written_becomes_markup():
-    query = Query(EVIL, EVIL, "literary", "en", 0.0, 0, 160, {"tokens": 1, "limit": 1, "chars": 1, "rest": EVIL})
+    query = Query(
+        EVIL,
+        EVIL,
+        "literary",
+        {"literary": AXIS},
+        "en",
+        0.0,
+        0,
+        160,
+        {"tokens": 1, "limit": 1, "chars": 1, "rest": EVIL},
+    )
     column = Column(EVIL, "literary", f"1. {EVIL}\n   1.1 {EVIL}\n{EVIL}", verdict=("literary", 0.9))
     from app.service import Update
 

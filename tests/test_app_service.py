@@ -8,7 +8,7 @@ import time
 import pytest
 
 from app.service import Limits, OutlineService, Refused, read_article
-from app.texts import TEXTS
+from app.texts import TEXTS, add_styles, text
 
 
 class Scripted:
@@ -135,6 +135,25 @@ def test_language_and_topic_are_found(service):
     assert service.check("Kunqu", "昆曲怎样从濒危走向复兴").lang == "zh"
     assert service.check("昆曲", language="en").lang == "en"
     assert service.check(article="The title\n\nThe text.").topic == "The title"
+
+
+def test_styles_of_an_own_table_take_the_place_of_the_shipped_ones(tmp_path):
+    table = tmp_path / "axes.yaml"
+    table.write_text(
+        "attributes:\n  formal: {en: formal}\n  casual: {en: casual}\n"
+        "axes:\n  register: {formal: casual, casual: formal}\n"
+    )
+    made = OutlineService("tiny", {"register/mine": "a", "other": "b"}, axes_file=table)
+    assert list(made.axes) == ["formal", "casual"] and made.methods("casual") == ["mine", "other", "base"]
+    query = made.check("Salt", language="en")
+    assert query.style == "formal" and "Requirement: formal." in query.record()["instruction"]
+    assert "Requirement: casual." in query.record("casual")["instruction"]
+    with pytest.raises(Refused, match="formal, casual"):
+        made.check("Salt", style="literary")
+    with pytest.raises(Refused, match="language"):
+        made.check("盐的历史", style="casual")  # the table has no Chinese phrase
+    add_styles(made.axes)
+    assert text("en", "style_casual") == "Casual\nNot formal" and text("zh", "name_casual") == "casual"
 
 
 def test_adapters_serve_their_axis(service):

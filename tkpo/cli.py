@@ -100,7 +100,7 @@ def _generate(args) -> None:
         topic = article.strip().splitlines()[0][:80]
     if args.temperature < 0 or args.max_new_tokens < 1:
         raise TKPOError("--temperature must not be negative and --max-new-tokens must be at least 1")
-    axis = get_axis(args.axis, args.axes) if args.axis else axis_of(args.style, args.axes)
+    axis = get_axis(args.axis, args.axes_file) if args.axis else axis_of(args.style, args.axes_file)
     record = make_record(axis, args.style, topic, article, args.lang)
     folders = _adapters(args.adapters or ["sft", "dpo", "tkpo"], axis.name)
 
@@ -299,7 +299,7 @@ def _evaluate(args) -> None:
     names = ("dataset", "axis", "split", "lang", "limit", "data_dir", "batch_size", "max_new_tokens")
     options = {name: getattr(args, name) for name in names}
     adapter = next(iter(adapters), BASE)
-    result = evaluate(generator, adapter, args.output, **options, axes_file=args.axes, adapter_source=args.adapter)
+    result = evaluate(generator, adapter, args.output, **options, axes_file=args.axes_file, adapter_source=args.adapter)
     print(score_table(result["scores"]))
 
 
@@ -323,7 +323,7 @@ def _add_data(commands) -> None:
     build = actions.add_parser("build", help="write the data sets of every axis from a corpus")
     build.add_argument("--corpus", default="data/corpus", help="folder with *.jsonl; default data/corpus")
     build.add_argument("--out", default="data", help="folder to write; default data")
-    build.add_argument("--axes", help="YAML table of attributes and axes of your own")
+    build.add_argument("--axes-file", help="YAML table of attributes and axes of your own")
     build.set_defaults(run=_data_build)
     check = actions.add_parser("check", help="say what is wrong with corpus, Alpaca, pairwise or dataset_info files")
     check.add_argument("paths", nargs="+", metavar="PATH", help="file, or folder whose .json and .jsonl are read")
@@ -333,7 +333,7 @@ def _add_data(commands) -> None:
 def _data_build(args) -> None:
     from tkpo.data import build
 
-    for name, count in build(args.corpus, args.out, args.axes).items():
+    for name, count in build(args.corpus, args.out, args.axes_file).items():
         print(f"{count:6d}  {Path(args.out) / name}")
 
 
@@ -364,7 +364,7 @@ def _fetch(args) -> None:
 
 
 def _model_flags(p) -> None:
-    p.add_argument("--axes", metavar="FILE", help="YAML table of attributes and axes of your own")
+    p.add_argument("--axes-file", metavar="FILE", help="YAML table of attributes and axes of your own")
     p.add_argument("--model", default="qwen2.5-coder-0.5b", help="preset, folder or hub id the adapters belong to")
     p.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     p.add_argument("--device", help="cpu or cuda; default: what there is")
