@@ -51,9 +51,11 @@ def main() -> int:
     runs = {}
     for name, given in (("topic", {"topic": TOPIC}), ("article", {"topic": "Lalibela", "article": article})):
         query = service.check(**given, style="comprehensive", length=100)
-        prompt = len(service.generator.prompt_ids(query.record()))
+        record = query.record()
+        prompt, instruction = (service.generator.prompt_ids(r) for r in (record, {**record, "input": ""}))
+        kept = next(i for i, (a, b) in enumerate(zip(prompt, instruction, strict=False)) if a != b)
         measured = [measure(service, query) for _ in range(args.repeats + 1)][1:]
-        runs[name] = {"prompt_tokens": prompt, "repeats": args.repeats} | {
+        runs[name] = {"prompt_tokens": len(prompt), "kept_tokens": kept, "repeats": args.repeats} | {
             key: {"median": statistics.median(m[key] for m in measured), "worst": max(m[key] for m in measured)}
             for key in ("first_words", "all", "tokens", "seconds_a_step")
         }
@@ -137,8 +139,8 @@ def body_and_head(model: str) -> tuple[int, int]:
 
 
 def prompt_seconds(run: dict, body_bytes: int, gflops: float, columns: int = 3) -> float:
-    """Two operations a weight (of two bytes) and prompt token, for every column's own prompt."""
-    return 2 * body_bytes / 2 * run["prompt_tokens"] * columns / (gflops * 1e9)
+    """Two operations a weight (of two bytes) and token of every column's own prompt that is not kept from before."""
+    return 2 * body_bytes / 2 * (run["prompt_tokens"] - run["kept_tokens"]) * columns / (gflops * 1e9)
 
 
 def processor() -> str:

@@ -166,6 +166,7 @@ class OutlineService:
         self._classifiers: dict[tuple[str, str], object] = {}
         self._classified = threading.Event()
         self._jobs: deque[Job] = deque()
+        self._unread: deque[tuple[str, str]] = deque()  # (style, language): not yet read ahead
         self._lock = threading.Condition()
         self._current: Job | None = None
 
@@ -410,8 +411,11 @@ class OutlineService:
             logger.error("the model could not be loaded: %s", self.error)
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._jobs)
-                job = self._current = self._jobs.popleft()
+                self._lock.wait_for(lambda: self._jobs or self._unread)
+                job = self._current = self._jobs.popleft() if self._jobs else None
+            if not job:
+                self._read_ahead()
+                continue
             try:
                 if self.error:
                     raise Refused("broken", why=self.error)
@@ -441,12 +445,20 @@ class OutlineService:
         generator = OutlineGenerator(self._model, self.adapters, self._dtype, self._device)
         self.generator = generator
         self.stage = "warming"
-        lang = next(iter(next(iter(self.axes.values())).phrases[next(iter(self.axes))]))
-        query = self.check(topic="Salt", length=8, language=lang)
-        rows = [self.adapter(method, query.style) for method in self.methods(query.style)]
-        generator.generate([query.record()] * len(rows), rows, max_new_tokens=2)
+        self._unread.extend((style, lang) for style, axis in self.axes.items() for lang in axis.phrases[style])
+        self._read_ahead()
         self.stage = "ready"
         logger.info("ready after %.1f s", time.monotonic() - self.began)
+
+    def _read_ahead(self) -> None:
+        """Have the beginning of one more style's and language's prompts read, which the generator then keeps."""
+        style, lang = self._unread.popleft()
+        try:
+            record = self.check(topic="Salt", style=style, language=lang).record()
+            adapters = [self.adapter(method, style) for method in self.methods(style) if method != BASE] or [BASE]
+            self.generator.generate([record] * len(adapters), adapters, max_new_tokens=2)
+        except Exception:  # nobody waits for it; a request will tell its visitor
+            logger.exception("a style could not be read ahead")
 
     def _fit_classifiers(self) -> None:
         """From the training split's references, as in the evaluation; without the data set no verdict is given."""

@@ -363,7 +363,7 @@ def _train_llamafactory(setup: Setup, turns) -> None:
     import yaml
 
     from tkpo import llamafactory
-    from tkpo.presets import resolve_model
+    from tkpo.presets import load_model, load_tokenizer
     from tkpo.run_config import RunConfig
 
     with tempfile.TemporaryDirectory() as folder:
@@ -371,12 +371,15 @@ def _train_llamafactory(setup: Setup, turns) -> None:
         (Path(folder) / "bench.json").write_text(json.dumps([{k: r[k] for k in kept} for r in _records(setup)]))
         info = {"bench": {"file_name": "bench.json"}}
         (Path(folder) / "dataset_info.json").write_text(json.dumps(info))
+        # A frozen base stays in the precision that it is stored in, whatever infer_dtype says; so it is stored anew.
+        for part in (load_model(setup.model, setup.dtype, "cpu"), load_tokenizer(setup.model)):
+            part.save_pretrained(Path(folder) / "model")
         arguments = {
             **{k: v for k, v in _arguments(setup, folder).items() if k != "train_sampling_strategy"},
             "stage": "sft",
             "do_train": True,
             "disable_shuffling": True,
-            "model_name_or_path": str(resolve_model(setup.model)),
+            "model_name_or_path": str(Path(folder) / "model"),
             "template": "qwen" if "qwen" in setup.model else "empty",
             "dataset": "bench",
             "dataset_dir": folder,
@@ -385,8 +388,6 @@ def _train_llamafactory(setup: Setup, turns) -> None:
             "overwrite_output_dir": True,
             "disable_gradient_checkpointing": True,
         }
-        if setup.dtype == "float32":
-            arguments["infer_dtype"] = "float32"
         if setup.finetuning == "lora":
             own = RunConfig()
             arguments |= {"lora_rank": own.lora_rank, "lora_alpha": own.lora_alpha, "lora_target": "all"}

@@ -42,7 +42,7 @@ def states(model, tokens):
         return model.get_base_model().model(input_ids=tokens).last_hidden_state[0]
 
 
-def write(decoder: Decoder, prompts, names, end=END, tokens=20, check=lambda: False, slots=None):
+def write(decoder: Decoder, prompts, names, end=END, tokens=20, check=lambda: False, slots=None, shared=None):
     rows = [[] for _ in prompts]
 
     def choose(logits, which):
@@ -52,7 +52,7 @@ def write(decoder: Decoder, prompts, names, end=END, tokens=20, check=lambda: Fa
             rows[row].append(token)
         return chosen
 
-    decoder.decode(prompts, names, choose, end, tokens, check, slots)
+    decoder.decode(prompts, names, choose, end, tokens, check, slots, shared)
     return rows
 
 
@@ -73,6 +73,21 @@ def test_a_mixed_batch_writes_what_transformers_writes_row_by_row(expected):
 def test_prompts_are_read_in_groups_of_any_size(expected, monkeypatch, tokens):
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", tokens)
     assert write(Decoder(tuned()), PROMPTS, NAMES) == expected
+
+
+def test_what_prompts_begin_with_is_read_once_for_each_adapter(expected, monkeypatch):
+    """Same text as by transformers, with fewer tokens read; another adapter does not get the first one's keys."""
+    decoder, read = Decoder(tuned()), []
+    forward = decoder._forward
+    monkeypatch.setattr(decoder, "_forward", lambda ids, *rest: read.append(len(ids)) or forward(ids, *rest))
+    shared = [5, 30, 0, 5]  # of prompts of 7, 31, 19 and 40 tokens
+    for tokens_read in (7 + 31 + 19 + 40, 2 + 1 + 19 + 35):
+        read.clear()
+        assert write(decoder, PROMPTS, NAMES, shared=shared) == expected and read[0] == tokens_read
+    other = write(decoder, PROMPTS[:1], ["two"], shared=[5])
+    assert other == write(Decoder(tuned()), PROMPTS[:1], ["two"]) and read[-1] == 1
+    monkeypatch.setattr(decoding, "PREFIXES", 2)
+    assert write(decoder, PROMPTS, NAMES, shared=shared) == expected and len(decoder._prefixes) == 2
 
 
 def test_rows_that_end_leave_the_batch_and_do_not_disturb_the_others(expected):

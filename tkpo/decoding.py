@@ -5,13 +5,15 @@ models are stored in bfloat16; their weights, times a power of two, are float16 
 float32 inputs with packed float16 weights in float32. The products are those of a float32 model, in another order.
 
 A batch is ragged: linear layers see the tokens of all rows one after another, without padding; only attention tells
-rows apart. Rows that have ended leave the batch.
+rows apart. Rows that have ended leave the batch. What many prompts begin with is read once for each adapter.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from transformers import Qwen2ForCausalLM
 HALF_SCALE = (
     2.0**10
 )  # moves bfloat16 weights into float16's range: exact from 2^-27 to below 2^6, smaller ones to 2^-35
+PREFIXES = 64  # beginnings of prompts that are kept read
 PREFILL_TOKENS = 512  # tokens of prompts that go through the layers together; a longer prompt goes alone
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -60,6 +63,7 @@ class Decoder:
             self._head = head.result()
 
         self.stacks = functools.lru_cache(maxsize=4)(self._stack)
+        self._prefixes: OrderedDict[tuple[str, tuple[int, ...]], list[tuple[Tensor, Tensor]]] = OrderedDict()
 
     @staticmethod
     def fits(model: Qwen2ForCausalLM | PeftModel) -> bool:
@@ -105,13 +109,17 @@ class Decoder:
         max_new_tokens: int,
         check: Callable[[], bool] = lambda: False,
         slots: int | None = None,
+        shared: list[int] | None = None,
     ) -> None:
         """Write after every prompt, until each row has ended with the token `end` or has `max_new_tokens`.
 
         prompts: token ids. choose: is given logits (n, V) and the n rows they are of, those that go on, and returns
         their next tokens. check: asked between layers while prompts are read, and before every step; once it is
         true, writing stops. slots: so many rows at a time, default all; where one ends the next begins.
+        shared: so many tokens at the beginning of each prompt, but not all of it, will come again with this adapter;
+        their keys and values are kept for the next time.
         """
+        shared = shared or [0] * len(prompts)
         slots = min(slots or len(prompts), len(prompts))
         cache = _Cache(self, slots, max(map(len, prompts)) + max_new_tokens)
         waiting, rows = list(range(len(prompts))), []  # rows[slot] is the row that is written there
@@ -121,7 +129,8 @@ class Decoder:
             while waiting or rows:
                 for group in _groups([len(prompts[row]) for row in waiting[: slots - len(rows)]]):
                     new = [waiting[i] for i in group]
-                    last = torch.cat([last, self._read(new, prompts, adapters, cache, len(rows), check)])
+                    own = [[whole[row] for row in new] for whole in (prompts, adapters, shared)]
+                    last = torch.cat([last, self._read(*own, cache, len(rows), check)])
                     rows += new
                     lora = None
                 waiting = [row for row in waiting if row not in rows]
@@ -147,18 +156,38 @@ class Decoder:
 
     # ---- the forward
 
-    def _read(self, rows: list[int], prompts, adapters, cache: _Cache, slot: int, check) -> Tensor:
-        """Put the prompts of `rows` into the cache's slots from `slot` on; returns their last hidden states (n, H)."""
-        prompts = [prompts[row] for row in rows]
+    def _read(self, prompts, adapters, shared: list[int], cache: _Cache, slot: int, check) -> Tensor:
+        """Put the prompts into the cache's slots from `slot` on; returns their last hidden states (n, H)."""
         cache.begin(slot, [len(ids) for ids in prompts])
-        states = self._prefill(prompts, [adapters[row] for row in rows], check, functools.partial(cache.fill, slot))
-        return states[torch.tensor([len(ids) for ids in prompts]).cumsum(0) - 1]
+        keys = [(name, tuple(ids[:n])) for name, ids, n in zip(adapters, prompts, shared, strict=True)]
+        known = [self._prefixes.get(key, []) for key in keys]
+        new = [ids[len(key[1]) if prefix else 0 :] for ids, key, prefix in zip(prompts, keys, known, strict=True)]
+        states = self._prefill(new, adapters, check, functools.partial(cache.fill, slot), known, only_last=True)
+        for number, key in enumerate(keys):
+            if key[1]:
+                self._prefixes.setdefault(key, cache.beginning(slot + number, len(key[1])))
+                self._prefixes.move_to_end(key)
+        while len(self._prefixes) > PREFIXES:
+            self._prefixes.popitem(last=False)
+        return states
 
-    def _prefill(self, prompts, adapters, check=lambda: False, store=lambda *_: None) -> Tensor:
-        """Hidden states (sum of lengths, H). store: is given (layer, number of the prompt, keys, values)."""
+    def _prefill(
+        self, prompts, adapters, check=lambda: False, store=lambda *_: None, known=None, only_last=False
+    ) -> Tensor:
+        """Hidden states (sum of lengths, H), or of each prompt's last token alone.
+
+        store: is given (layer, number of the prompt, keys, values). known: for each prompt the keys and values,
+        (kv_heads, T, D) a layer, of what comes before it, or [].
+        """
+        known = known or [[]] * len(prompts)
         lengths = [len(ids) for ids in prompts]
+        befores = [prefix[0][0].shape[1] if prefix else 0 for prefix in known]
         spans = torch.tensor([0, *lengths]).cumsum(0).tolist()
         group = self.heads // self.kv_heads
+        masks = [
+            torch.ones(n, before + n, dtype=torch.bool).tril(before) if before else None
+            for n, before in zip(lengths, befores, strict=True)
+        ]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if check():
@@ -166,16 +195,21 @@ class Decoder:
             out = torch.empty_like(q)
             for number, (a, b) in enumerate(itertools.pairwise(spans)):
                 own_q, own_k, own_v = (part[a:b].transpose(0, 1) for part in (q, k, v))
+                if known[number]:
+                    before_k, before_v = known[number][layer]
+                    own_k, own_v = torch.cat([before_k, own_k], dim=1), torch.cat([before_v, own_v], dim=1)
                 store(layer, number, own_k, own_v)
                 own_k, own_v = (part.repeat_interleave(group, dim=0) for part in (own_k, own_v))
                 own_q, own_k, own_v = (part.unsqueeze(0) for part in (own_q, own_k, own_v))
-                out[a:b] = scaled_dot_product_attention(own_q, own_k, own_v, is_causal=True)[0].transpose(0, 1)
+                mask = masks[number]
+                own_out = scaled_dot_product_attention(own_q, own_k, own_v, mask, is_causal=mask is None)
+                out[a:b] = own_out[0].transpose(0, 1)
             return out
 
         ids = torch.tensor([token for prompt in prompts for token in prompt])
-        positions = torch.cat([torch.arange(length) for length in lengths])
+        positions = torch.cat([torch.arange(n, n + length) for n, length in zip(befores, lengths, strict=True)])
         lora = _Lora(self, [name for name, length in zip(adapters, lengths, strict=True) for _ in range(length)])
-        return self._forward(ids, positions, attend, lora)
+        return self._forward(ids, positions, attend, lora, torch.tensor(spans[1:]) - 1 if only_last else None)
 
     def _step(self, tokens: list[int], cache: _Cache, lora: _Lora) -> Tensor:
         """Hidden states (n, H) of one new token a slot."""
@@ -188,8 +222,13 @@ class Decoder:
 
         return self._forward(torch.tensor(tokens), positions, attend, lora)
 
-    def _forward(self, ids: Tensor, positions: Tensor, attend: Callable, lora: _Lora) -> Tensor:
-        """ids, positions: (N,). attend(layer, q (N, heads, D), k, v (N, kv_heads, D)) → N * heads * D numbers."""
+    def _forward(
+        self, ids: Tensor, positions: Tensor, attend: Callable, lora: _Lora, wanted: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states (N, H), or of the `wanted` tokens alone.
+
+        ids, positions: (N,). attend(layer, q (N, heads, D), k, v (N, kv_heads, D)) → N * heads * D numbers.
+        """
         x = embedding(ids, self._embedding).float()
         cos, sin = self._rotary(x, positions.unsqueeze(0))
         cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1).clone()
@@ -200,7 +239,10 @@ class Decoder:
             rotated = qkv[:, : self.heads + self.kv_heads]
             rotated = torch.addcmul(rotated * cos, rotated.roll(half, -1), sin)
             out = attend(number, rotated[:, : self.heads], rotated[:, self.heads :], qkv[:, -self.kv_heads :])
-            x += layer.output(out.reshape(len(x), -1), lora)
+            out = out.reshape(len(x), -1)
+            if wanted is not None and layer is self._layers[-1]:
+                x, out, lora = x[wanted], out[wanted], lora.of(wanted)
+            x += layer.output(out, lora)
             gate, up = layer.gate_up(self._normed(x, layer.mlp_norm), lora).chunk(2, dim=-1)
             x += layer.down(silu(gate).mul_(up), lora)
         return self._normed(x, self._norm)
@@ -306,6 +348,12 @@ class _Lora:
         self._stacks = decoder.stacks(names)
         self._masks: dict[tuple[int, ...], Tensor | None] = {}
 
+    def of(self, tokens: Tensor) -> _Lora:
+        """The same for some of the tokens."""
+        part = copy.copy(self)
+        part._own, part._masks = self._own[tokens], {}
+        return part
+
     def pairs(self, layer: _Linear) -> _Pairs | None:
         return self._stacks.get(layer)
 
@@ -337,6 +385,11 @@ class _Cache:
         """keys, values: (kv_heads, T, D) of a prompt, for slot `slot + number`."""
         self._keys[layer][slot + number, :, : keys.shape[1]] = keys
         self._values[layer][slot + number, :, : keys.shape[1]] = values
+
+    def beginning(self, slot: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """A copy of the first `length` keys and values of a slot, (kv_heads, length, D) each, for every layer."""
+        part = slot, slice(None), slice(length)
+        return [(k[part].clone(), v[part].clone()) for k, v in zip(self._keys, self._values, strict=True)]
 
     def extend(self) -> Tensor:
         """Room for one more position in each slot; returns the positions (slots in use,)."""

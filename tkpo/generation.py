@@ -174,6 +174,8 @@ class OutlineGenerator:
         if not records:
             return
         prompts = [self.prompt_ids(record) for record in records]
+        empty = [self.prompt_ids({**record, "input": ""}) for record in records]
+        shared = [_common(ids[:-1], other) for ids, other in zip(prompts, empty, strict=True)]
         cancelled = threading.Event()
         steps: queue.SimpleQueue = queue.SimpleQueue()
         pick = _Pick(self.loop_guard, len(records), temperature, seed, steps.put)
@@ -183,7 +185,7 @@ class OutlineGenerator:
             try:
                 with self._lock:
                     end = self.tokenizer.eos_token_id
-                    self._decoder.decode(prompts, names, pick, end, max_new_tokens, check, batch_size)
+                    self._decoder.decode(prompts, names, pick, end, max_new_tokens, check, batch_size, shared)
                 steps.put(None)
             except Exception as error:  # for the thread that reads the steps
                 steps.put(error)
@@ -211,6 +213,12 @@ class OutlineGenerator:
     def _text(self, ids: list[int], whole: bool = False) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text.strip() if whole else text.lstrip().rstrip("\ufffd")  # a character that is still incomplete
+
+
+def _common(ids: list[int], others: list[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(ids, others, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(others)))
 
 
 class _Pick:
@@ -285,7 +293,7 @@ class _TransformersDecoder:
         return states
 
     @torch.inference_mode()
-    def decode(self, prompts, adapters, choose, end, max_new_tokens, check, slots=None) -> None:
+    def decode(self, prompts, adapters, choose, end, max_new_tokens, check, slots=None, shared=None) -> None:
         slots = slots or len(prompts)
         for start in range(0, len(prompts), slots):
             part = slice(start, start + slots)
