@@ -47,6 +47,8 @@ def main() -> int:
             raise SystemExit(service.error)
         time.sleep(0.2)
     service._classified.wait()
+    while service._unread:
+        time.sleep(0.2)
     article = (ROOT / "app" / "examples" / "lalibela.txt").read_text(encoding="utf-8").strip()
     runs = {}
     for name, given in (("topic", {"topic": TOPIC}), ("article", {"topic": "Lalibela", "article": article})):

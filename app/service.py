@@ -26,6 +26,7 @@ from tkpo.outline import length, parse
 logger = logging.getLogger(__name__)
 
 BASE = "base"
+IDLE = 2.0  # seconds without a request after which the next style is read ahead
 SPECIAL = re.compile(r"<\|([^|<>]{0,40})\|>")  # would be read as control tokens of the chat
 NOT_TEXT = {"Cc", "Cs", "Cn", "Co"}  # Unicode categories: control, lone surrogate, unassigned, private
 BIDI = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # could reorder the page's own words
@@ -411,7 +412,7 @@ class OutlineService:
             logger.error("the model could not be loaded: %s", self.error)
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._jobs or self._unread)
+                self._lock.wait_for(lambda: self._jobs, timeout=IDLE if self._unread else None)
                 job = self._current = self._jobs.popleft() if self._jobs else None
             if not job:
                 self._read_ahead()

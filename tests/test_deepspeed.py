@@ -43,6 +43,9 @@ CASES = [
 ]
 
 
+pytestmark = pytest.mark.timeout(1200)  # DeepSpeed compiles its kernels the first time
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Records with responses of unequal lengths, the preset tiny, and a copy of it whose embedding is tied."""
