@@ -24,6 +24,7 @@ import torch  # noqa: E402
 
 from app.main import adapter_folders  # noqa: E402
 from app.service import OutlineService  # noqa: E402
+from tkpo.machine import matrix_gflops, processor, read_bandwidth  # noqa: E402
 
 TOPIC = "How coral reefs bleach and recover"
 TARGETS = {"topic_first_words": 2.0, "article_first_words": 6.0, "topic_100_tokens": 15.0}  # seconds
@@ -54,8 +55,8 @@ def main() -> int:
     for name, given in (("topic", {"topic": TOPIC}), ("article", {"topic": "Lalibela", "article": article})):
         query = service.check(**given, style="comprehensive", length=100)
         record = query.record()
-        prompt, instruction = (service.generator.prompt_ids(r) for r in (record, {**record, "input": ""}))
-        kept = next(i for i, (a, b) in enumerate(zip(prompt, instruction, strict=False)) if a != b)
+        prompt = service.generator.prompt_ids(record)
+        kept = service.generator.shared_tokens(record, prompt)
         measured = [measure(service, query) for _ in range(args.repeats + 1)][1:]
         runs[name] = {"prompt_tokens": len(prompt), "kept_tokens": kept, "repeats": args.repeats} | {
             key: {"median": statistics.median(m[key] for m in measured), "worst": max(m[key] for m in measured)}
@@ -102,26 +103,6 @@ def measure(service: OutlineService, query) -> dict:
     return {"first_words": first or now - began, "all": now - began, "tokens": tokens, "seconds_a_step": pace}
 
 
-def read_bandwidth(size: int = 1 << 28) -> float:
-    """GB read from memory a second, by summing 1 GiB of float32, the best of five."""
-    numbers, best = torch.ones(size), 0.0
-    for _ in range(5):
-        began = time.perf_counter()
-        numbers.sum()
-        best = max(best, 4 * size / (time.perf_counter() - began) / 1e9)
-    return best
-
-
-def matrix_gflops(rows: int = 512, width: int = 896, out: int = 4864) -> float:
-    """10⁹ operations a second of a float32 product of this model's largest shape, the best of ten."""
-    a, b, best = torch.rand(rows, width), torch.rand(out, width), 0.0
-    for _ in range(10):
-        began = time.perf_counter()
-        a @ b.T
-        best = max(best, 2 * rows * width * out / (time.perf_counter() - began) / 1e9)
-    return best
-
-
 def body_and_head(model: str) -> tuple[int, int]:
     """Bytes of the weights that one step reads, as they are stored: layers, and output head."""
     from safetensors import safe_open
@@ -143,11 +124,6 @@ def body_and_head(model: str) -> tuple[int, int]:
 def prompt_seconds(run: dict, body_bytes: int, gflops: float, columns: int = 3) -> float:
     """Two operations a weight (of two bytes) and token of every column's own prompt that is not kept from before."""
     return 2 * body_bytes / 2 * (run["prompt_tokens"] - run["kept_tokens"]) * columns / (gflops * 1e9)
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from app import render
 from app.offline import NoForeignScripts
 from app.paper import paper_page
-from app.service import BASE, Column, Job, OutlineService, Query, Refused, Update, read_article
+from app.service import Column, Job, OutlineService, Query, Refused, Update, read_article
 from app.texts import UI_LANGUAGES, add_styles, text
 from tkpo.attributes import LANGUAGES
 from tkpo.errors import TKPOError
@@ -43,7 +43,7 @@ def build(service: OutlineService, root: Path) -> gr.Blocks:
     texts = Texts()
     jobs: dict[tuple[str, str], Job] = {}  # (session, tab) → what Stop stops
 
-    methods = [m for m in service.methods() if m != BASE] or [BASE]
+    methods = service.trained()
     first_board = [Column(m, styles[0]) for m in methods]
     first_styles = [Column(methods[-1], s) for s in styles]
 

@@ -179,6 +179,10 @@ class OutlineService:
         names = [name.rpartition("/")[2] for name in self.adapters if "/" not in name or name.split("/")[0] in axes]
         return [*dict.fromkeys(names), BASE]
 
+    def trained(self, style: str | None = None) -> list[str]:
+        """`methods` without base, which stands alone where there is no other."""
+        return self.methods(style)[:-1] or [BASE]
+
     def adapter(self, method: str, style: str) -> str:
         """Name of the adapter of `method` for the axis of `style`. Refused if there is none."""
         if method == BASE:
@@ -226,8 +230,7 @@ class OutlineService:
 
     def compare(self, query: Query, methods: list[str] | None = None) -> Job:
         """One style, several methods (default: all that have an adapter): updates carry one column a method."""
-        methods = methods or [m for m in self.methods(query.style) if m != BASE] or [BASE]
-        return self._outlines(query, [(method, query.style) for method in methods])
+        return self._outlines(query, [(method, query.style) for method in methods or self.trained(query.style)])
 
     def styles(self, query: Query, method: str) -> Job:
         """One method, every style: updates carry one column a style."""
@@ -456,7 +459,7 @@ class OutlineService:
         style, lang = self._unread.popleft()
         try:
             record = self.check(topic="Salt", style=style, language=lang).record()
-            adapters = [self.adapter(method, style) for method in self.methods(style) if method != BASE] or [BASE]
+            adapters = [self.adapter(method, style) for method in self.trained(style)]
             self.generator.generate([record] * len(adapters), adapters, max_new_tokens=2)
         except Exception:  # nobody waits for it; a request will tell its visitor
             logger.exception("a style could not be read ahead")

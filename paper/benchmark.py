@@ -36,6 +36,7 @@ LABELS = {
     "dpo": "DPO (TRL)",
     "dpo_precomputed": "DPO (TRL, reference precomputed)",
     "tkpo": "TKPO",
+    "tkpo_unshared": "TKPO (passes share nothing)",
     "tkpo_plain": "TKPO (whole sequences, full softmax)",
 }
 RIVALS = [key for key in LABELS if key != "tkpo"]
@@ -59,10 +60,11 @@ class Setup:
     threads: int = 2
     max_length: int = 1024
     seed: int = 0
+    attribute_last: bool = False
 
     @property
     def name(self) -> str:
-        return f"{Path(self.model).name}-{self.finetuning}"
+        return f"{Path(self.model).name}-{self.finetuning}" + ("-attribute-last" if self.attribute_last else "")
 
 
 # ---- in a method's own process -------------------------------------------------------------------------
@@ -138,20 +140,26 @@ def _memory(cuda: bool, reset: bool = False) -> float:
     return int(lines["VmRSS" if reset else "VmHWM"].split()[0]) / 1024
 
 
-def _records(setup: Setup, pairs: bool = False) -> list[dict]:
+def training_records(setup: Setup, pairs: bool = False) -> list[dict]:
     """The samples of warm-up and timed steps, in their order, none too long; as pairs, the same ones."""
     from tkpo.attributes import get_axis
-    from tkpo.data import annotate, load_records, record_key
+    from tkpo.data import annotate, attribute_last, load_records, record_key
     from tkpo.presets import load_tokenizer
     from tkpo.runs import sample_order
 
     axis, tokenizer = get_axis(Path(setup.dataset).stem), load_tokenizer(setup.model)
-    read = lambda pairs: annotate(load_records(setup.dataset, "train", setup.lang, pairs), axis)  # noqa: E731
+
+    def read(pairs):
+        loaded = load_records(setup.dataset, "train", setup.lang, pairs)
+        return annotate([attribute_last(r) for r in loaded] if setup.attribute_last else loaded, axis)
+
     paired = {record_key(record): record for record in read(True)}
     count, chosen = (setup.steps + setup.warmup) * setup.batch_size, []
     for record in sorted(read(False), key=sample_order):
         pair = paired.get(record_key(record))
-        if pair and _length({**record, "output": max(pair["chosen"], pair["rejected"], key=len)}, tokenizer, setup):
+        if pair and count_tokens(
+            {**record, "output": max(pair["chosen"], pair["rejected"], key=len)}, tokenizer, setup
+        ):
             chosen.append(pair if pairs else record)
         if len(chosen) == count:
             return chosen
@@ -161,7 +169,7 @@ def _records(setup: Setup, pairs: bool = False) -> list[dict]:
     )
 
 
-def _length(record: dict, tokenizer, setup: Setup) -> int | None:
+def count_tokens(record: dict, tokenizer, setup: Setup) -> int | None:
     """Tokens of prompt and response; None if they are more than `max_length`."""
     from tkpo.training import encode_record
 
@@ -192,7 +200,7 @@ def _arguments(setup: Setup, folder: str) -> dict:
     }
 
 
-def _model(setup: Setup):
+def fresh_model(setup: Setup):
     from tkpo.presets import load_model, load_tokenizer
 
     model, tokenizer = load_model(setup.model, setup.dtype, setup.device), load_tokenizer(setup.model)
@@ -201,7 +209,7 @@ def _model(setup: Setup):
     return model.train(), tokenizer
 
 
-def _lora(setup: Setup):
+def lora_config(setup: Setup):
     from peft import LoraConfig
 
     from tkpo.run_config import RunConfig
@@ -215,7 +223,7 @@ def _lora(setup: Setup):
 def _train_own(setup: Setup, turns, preference_weight: float = 0.5) -> None:
     from tkpo.training import TKPOConfig, TKPOTrainer
 
-    model, tokenizer = _model(setup)
+    model, tokenizer = fresh_model(setup)
     with tempfile.TemporaryDirectory() as folder:
         args = TKPOConfig(
             **_arguments(setup, folder),
@@ -223,12 +231,20 @@ def _train_own(setup: Setup, turns, preference_weight: float = 0.5) -> None:
             max_length=setup.max_length,
             preference_weight=preference_weight,
         )
-        own = {"processing_class": tokenizer, "peft_config": _lora(setup), "callbacks": [turns]}
-        TKPOTrainer(model, args, _records(setup), **own).train()
+        own = {"processing_class": tokenizer, "peft_config": lora_config(setup), "callbacks": [turns]}
+        TKPOTrainer(model, args, training_records(setup), **own).train()
 
 
 def _train_sft(setup: Setup, turns) -> None:
     _train_own(setup, turns, preference_weight=0.0)
+
+
+def _train_unshared(setup: Setup, turns) -> None:
+    """TKPO whose flipped pass reads again what stands before the attribute."""
+    from unittest import mock
+
+    with mock.patch("tkpo.modeling_qwen2._can_share", return_value=False):
+        _train_own(setup, turns)
 
 
 def _train_plain(setup: Setup, turns) -> None:
@@ -244,10 +260,10 @@ def _train_plain(setup: Setup, turns) -> None:
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return plain_step(model, inputs)
 
-    model, tokenizer = _model(setup)
+    model, tokenizer = fresh_model(setup)
     flipper = PromptFlipper(tokenizer, get_axis(Path(setup.dataset).stem))
-    rows = encode_dataset(_records(setup), tokenizer, flipper, setup.max_length)
-    if lora := _lora(setup):
+    rows = encode_dataset(training_records(setup), tokenizer, flipper, setup.max_length)
+    if lora := lora_config(setup):
         model = get_peft_model(model, lora)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(**_arguments(setup, folder), remove_unused_columns=False, label_names=["labels"])
@@ -311,13 +327,13 @@ def _train_trl_sft(setup: Setup, turns, **loss) -> None:
 
     if loss and "chunked_nll" not in SFTConfig.__dataclass_fields__["loss_type"].metadata["help"]:
         raise Unavailable(f"TRL {importlib.metadata.version('trl')} has no chunked loss")
-    model, tokenizer = _model(setup)
-    rows = [{"prompt": _prompt(r, tokenizer), "completion": r["output"]} for r in _records(setup)]
+    model, tokenizer = fresh_model(setup)
+    rows = [{"prompt": _prompt(r, tokenizer), "completion": r["output"]} for r in training_records(setup)]
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(
             **_arguments(setup, folder), max_length=setup.max_length, eos_token=tokenizer.eos_token, **loss
         )
-        own = {"processing_class": tokenizer, "peft_config": _lora(setup), "callbacks": [turns]}
+        own = {"processing_class": tokenizer, "peft_config": lora_config(setup), "callbacks": [turns]}
         SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), **own).train()
 
 
@@ -334,9 +350,9 @@ def _train_dpo(setup: Setup, turns, precomputed: bool = False) -> None:
     from tkpo.runs import import_trl
 
     Config, Trainer = import_trl("dpo")
-    model, tokenizer = _model(setup)
+    model, tokenizer = fresh_model(setup)
     names = ("chosen", "rejected")
-    rows = [{"prompt": _prompt(r, tokenizer), **{n: r[n] for n in names}} for r in _records(setup, pairs=True)]
+    rows = [{"prompt": _prompt(r, tokenizer), **{n: r[n] for n in names}} for r in training_records(setup, pairs=True)]
     with tempfile.TemporaryDirectory() as folder:
         wanted = {
             **_arguments(setup, folder),
@@ -347,7 +363,7 @@ def _train_dpo(setup: Setup, turns, precomputed: bool = False) -> None:
         }
         known = {f.name for f in dataclasses.fields(Config)}
         args = Config(**{key: value for key, value in wanted.items() if key in known})
-        own = {"processing_class": tokenizer, "peft_config": _lora(setup), "callbacks": [turns]}
+        own = {"processing_class": tokenizer, "peft_config": lora_config(setup), "callbacks": [turns]}
         Trainer(model=model, args=args, train_dataset=Dataset.from_list(rows), **own).train()
 
 
@@ -368,7 +384,7 @@ def _train_llamafactory(setup: Setup, turns) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         kept = ("instruction", "input", "output")
-        (Path(folder) / "bench.json").write_text(json.dumps([{k: r[k] for k in kept} for r in _records(setup)]))
+        (Path(folder) / "bench.json").write_text(json.dumps([{k: r[k] for k in kept} for r in training_records(setup)]))
         info = {"bench": {"file_name": "bench.json"}}
         (Path(folder) / "dataset_info.json").write_text(json.dumps(info))
         # A frozen base stays in the precision that it is stored in, whatever infer_dtype says; so it is stored anew.
@@ -404,6 +420,7 @@ TRAIN: dict[str, Callable] = {
     "dpo": _train_dpo,
     "dpo_precomputed": _train_dpo_precomputed,
     "tkpo": _train_own,
+    "tkpo_unshared": _train_unshared,
     "tkpo_plain": _train_plain,
 }
 
@@ -471,9 +488,9 @@ def benchmark(setup: Setup, rivals: list[str], say: Callable[[str], None] = prin
     from tkpo.presets import load_tokenizer
 
     started, load = time.time(), os.getloadavg()[0]
-    records = _records(setup)[setup.warmup * setup.batch_size :]
+    records = training_records(setup)[setup.warmup * setup.batch_size :]
     tokenizer = load_tokenizer(setup.model)
-    lengths = [_length(record, tokenizer, setup) for record in records]
+    lengths = [count_tokens(record, tokenizer, setup) for record in records]
     runs, own_steps, ratios, memory, failed = {}, [], {}, {}, None
     for rival in rivals:
         theirs, own = run_pair(rival, setup, say)
@@ -531,25 +548,21 @@ def _quartiles(values: list[float]) -> list[float]:
 
 
 def machine(setup: Setup, load: float) -> dict:
+    from tkpo.machine import memory_gib, processor
+
     gpu = None
     if setup.device != "cpu":
         import torch
 
         gpu = torch.cuda.get_device_name()
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    total = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
     return {
-        "processor": names[0] if names else platform.processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
-        "memory_gib": round(total / 2**20, 1),
+        "memory_gib": round(memory_gib(), 1),
         "threads": setup.threads,
         "gpu": gpu,
         "load_before": load,
     }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def versions() -> dict:
@@ -682,6 +695,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--device", default=defaults.device, help="cpu (default) or cuda")
     p.add_argument("--dataset", default=defaults.dataset, help="default %(default)s")
     p.add_argument("--lang", choices=("en", "zh"), help="default both; small writes English only")
+    p.add_argument("--attribute-last", action="store_true", help="prompts with the instruction after the article")
     p.add_argument("--steps", type=int, default=defaults.steps, help="timed steps a method; default %(default)s")
     p.add_argument("--warmup", type=int, default=defaults.warmup, help="steps before them; default %(default)s")
     p.add_argument("--batch-size", type=int, default=defaults.batch_size, help="default %(default)s")

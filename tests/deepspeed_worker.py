@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from tkpo.distributed import leave
 from tkpo.run_config import RunConfig
 from tkpo.runs import run
 
@@ -38,3 +39,5 @@ for case in json.loads(Path(sys.argv[1]).read_text()):
         no_response(case)
     else:
         run(RunConfig(**case))
+
+leave()

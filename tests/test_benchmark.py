@@ -1,4 +1,4 @@
-"""The step benchmark: its plain loss against the fused one, and a small real run of two processes."""
+"""The benchmarks: the plain loss against the fused one, a small real run of two processes, and of decoding."""
 
 import json
 import os
@@ -16,6 +16,8 @@ from tkpo.loss import tkpo_loss
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "paper"))  # the processes that it starts look there too
 import benchmark  # noqa: E402
+import benchmark_decoding  # noqa: E402
+import benchmark_ideas  # noqa: E402
 
 
 def test_the_plain_loss_is_the_fused_one_where_nothing_is_left_to_chance():
@@ -123,3 +125,65 @@ def test_flags_that_make_no_sense(capsys):
     assert "at least 1" in capsys.readouterr().err
     assert benchmark.main(["--model", "tiny", "--steps", "100000"]) == 2
     assert "fewer --steps" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Two random adapters of the tiny model that write different text."""
+    from peft import LoraConfig, get_peft_model
+
+    from tkpo.presets import load_model
+
+    folders = {}
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(load_model("tiny", "float32", "cpu"), config)
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+    return folders
+
+
+def test_decoding_forms_write_the_same_tokens(adapters, tmp_path, capsys):
+    named = [f"{name}={folder}" for name, folder in adapters.items()]
+    flags = ["--model", "tiny", "--tokens", "8", "--rounds", "2", "--threads", "1", "--output", str(tmp_path)]
+    assert benchmark_decoding.main([*flags, "--adapters", *named]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "decoding.json").read_text())
+    assert [form["key"] for form in found["forms"]] == list(benchmark_decoding.FORMS)
+    assert all(form["same_tokens"] for form in found["forms"])
+    for form in found["forms"]:
+        steps = [seconds for run in form["steps"] for seconds in run]
+        assert len(steps) == 2 * 7 and form["step_s"] == pytest.approx(statistics.median(steps), abs=1e-4)
+        assert form["tokens_per_second"] == pytest.approx(2 / form["step_s"])
+        assert form["label"] in printed
+    assert [row["rows"] for row in found["products"]] == list(benchmark_decoding.ROWS)
+
+
+def test_decoding_benchmark_refuses_what_it_cannot_measure(adapters, tmp_path, capsys):
+    assert benchmark_decoding.main(["--adapters", "one"]) == 2
+    assert "NAME=FOLDER" in capsys.readouterr().err
+    assert benchmark_decoding.main(["--adapters", f"one={tmp_path}"]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        benchmark_decoding.main(["--tokens", "1"])
+    assert "at least 2" in capsys.readouterr().err
+
+
+def test_padding_counts_the_columns_of_each_batch():
+    one_batch = {row["batch_size"]: row for row in benchmark_ideas.padding([1, 9] * 8, seed=0)}[16]
+    assert one_batch["random"] == one_batch["grouped"] == 16 * 9 / 80
+    for row in benchmark_ideas.padding([1, 9] * 800, seed=0):  # half of the tokens' places: nearly every batch mixed
+        assert 1.65 < row["random"] <= 1.8 and 1 <= row["grouped"] < 1.1
+
+
+def test_ideas_are_measured_on_a_model(tmp_path, capsys):
+    assert benchmark_ideas.main(["--model", "tiny", "--rounds", "2", "--threads", "1", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "ideas.json").read_text())
+    assert [len(seconds) for seconds in found["passes"].values()] == [2, 2]
+    assert found["compile"]["compiled"]["first"] > found["compile"]["plain"]["first"]
+    assert "compiled / plain" in printed and "batches of 16" in printed

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tkpo.attributes import get_axis
+from tkpo.cli import main
 from tkpo.data import (
     annotate,
     build,
@@ -181,6 +182,21 @@ def test_an_axis_of_ones_own_is_built(tmp_path):
         article["outlines"]["literary"],
         article["outlines"]["concise"],
     )
+
+
+def test_with_the_attribute_last_only_the_order_of_the_prompt_differs(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", CORPUS[:60])
+    build(corpus, tmp_path / "first")
+    assert main(["data", "build", "--corpus", str(corpus), "--out", str(tmp_path / "last"), "--attribute-last"]) == 0
+    for pairs in (False, True):
+        first, last = (load_records("language_style", "train", None, pairs, tmp_path / n) for n in ("first", "last"))
+        assert {r["form"] for r in last} == {"article", "topic"}
+        for ours, theirs in zip(last, first, strict=True):
+            assert user_message(ours) == theirs["input"] + "\n" + theirs["instruction"]
+            parts = ("instruction", "input")
+            assert {k: v for k, v in ours.items() if k not in parts} == {
+                k: v for k, v in theirs.items() if k not in parts
+            }
 
 
 def test_a_faulty_corpus_builds_nothing(tmp_path):

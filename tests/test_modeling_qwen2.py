@@ -303,6 +303,50 @@ def test_passes_of_the_backbone(ours, batch):
     assert backbone_passes(ours(sampler="no_flip", flipper=None), batch()) == [True]
 
 
+def columns_read(model, inputs):
+    """Columns of the token ids that the backbone is given, true pass first."""
+    read = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    loss = model(**inputs).loss
+    hook.remove()
+    return read, loss
+
+
+def test_what_stands_before_the_attribute_is_read_once(ours, batch):
+    """Losses and gradients are those of a model that reads it in both passes, as checkpointing makes it do."""
+    twice = ours()
+    twice.gradient_checkpointing_enable()
+    for chosen in (slice(None), slice(0, 1), slice(1, 2)):
+        inputs = {**batch(chosen), **batch(chosen, flip=True, prefix="flipped_")}
+        ids, flipped = inputs["input_ids"].T.tolist(), inputs["flipped_input_ids"].T.tolist()
+        common = next(i for i, columns in enumerate(zip(ids, flipped, strict=False)) if columns[0] != columns[1])
+        assert common > 5
+        model = ours()
+        (read, loss), (read_twice, expected) = columns_read(model, inputs), columns_read(twice, inputs)
+        assert read == [len(ids), len(flipped) - common]
+        assert read_twice == [len(ids), len(flipped)]
+        torch.testing.assert_close(loss, expected)
+        assert_same_gradients(gradients(model, loss), gradients(twice, expected))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_flipped_pass_always_reads_the_response(ours, batch, flip):
+    """Also where the flip changes nothing; and all of its prompt where positions are given."""
+    inputs = {**batch(slice(0, 1)), **batch(slice(0, 1), flip=flip, prefix="flipped_")}
+    twice = ours()
+    twice.gradient_checkpointing_enable()
+    response = int((inputs["flipped_labels"] != IGNORE_INDEX).sum())
+    read, loss = columns_read(ours(), inputs)
+    assert read[1] > response
+    torch.testing.assert_close(loss, twice(**inputs).loss)
+    positions = torch.arange(inputs["input_ids"].shape[1])[None]
+    read, loss = columns_read(ours(), {**inputs, "position_ids": positions})
+    assert read[1] == inputs["flipped_input_ids"].shape[1]
+    torch.testing.assert_close(loss, twice(**inputs).loss)
+
+
 def test_no_flip_draws_from_the_true_prompt(tiny_model, ours, batch):
     model, plain, inputs = ours(sampler="no_flip", flipper=None), tiny_model(), batch()
     torch.manual_seed(3)

@@ -50,6 +50,11 @@ def make_record(axis: Axis, attribute: str, topic: str, document: str | None = N
     }
 
 
+def attribute_last(record: dict) -> dict:
+    """The record with its instruction after its input, where TKPO's two passes share the article."""
+    return {**record, "instruction": record["input"], "input": record["instruction"]}
+
+
 # ---- reading -------------------------------------------------------------------------------------------
 
 
@@ -192,9 +197,12 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def build(corpus: str | Path, out: str | Path, axes_file: str | Path | None = None) -> dict[str, int]:
+def build(
+    corpus: str | Path, out: str | Path, axes_file: str | Path | None = None, last: bool = False
+) -> dict[str, int]:
     """Write every axis's data set from the corpus files `corpus/*.jsonl` into `out`, with dataset_info.json.
 
+    last: prompts by `attribute_last`; without it the order is the published one, instruction first.
     Returns {file: number of records}. The corpus is checked first; TKPOError lists its faults and nothing is
     written. An axis some of whose attributes the corpus has no outlines for is an error too.
     """
@@ -214,8 +222,8 @@ def build(corpus: str | Path, out: str | Path, axes_file: str | Path | None = No
             rows = [a for a in articles if a["lang"] == lang]
             for split in SPLITS:
                 chosen = [a for a in rows if split_of(a["document"]) == split]
-                records = [r for a in chosen for r in _records(a, axis, split)]
-                pairs = [_pair(r, a, axis) for a in chosen for r in _records(a, axis, split)]
+                records = [r for a in chosen for r in _records(a, axis, split, last)]
+                pairs = [_pair(r, a, axis) for a in chosen for r in _records(a, axis, split, last)]
                 for items, is_pairs in ((records, False), (pairs, True)):
                     if not items:
                         continue
@@ -228,7 +236,7 @@ def build(corpus: str | Path, out: str | Path, axes_file: str | Path | None = No
     return {name: len(items) for name, items in files.items()}
 
 
-def _records(article: dict, axis: Axis, split: str) -> Iterator[dict]:
+def _records(article: dict, axis: Axis, split: str, last: bool) -> Iterator[dict]:
     for attribute in axis.attributes:
         if attribute not in article["outlines"]:
             raise TKPOError(f"{article['id']}: no outline for attribute {attribute!r} of axis {axis.name}")
@@ -236,6 +244,7 @@ def _records(article: dict, axis: Axis, split: str) -> Iterator[dict]:
         for form in ("article", "topic") if split == "test" else ("topic",) if topic_only else ("article",):
             document = article["document"] if form == "article" else None
             record = make_record(axis, attribute, article["topic"], document, article["lang"])
+            record = attribute_last(record) if last else record
             yield {
                 "instruction": record["instruction"],
                 "input": record["input"],

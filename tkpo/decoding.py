@@ -60,8 +60,9 @@ class Decoder:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # packing runs on one core
             head = pool.submit(_Linear, [base.lm_head])
             self._layers = list(pool.map(_Layer.take, base.model.layers))
-            self._head = head.result()
+            self.head = head.result()
 
+        self.linears = [part for layer in self._layers for part in (layer.qkv, layer.output, layer.gate_up, layer.down)]
         self.stacks = functools.lru_cache(maxsize=4)(self._stack)
         self._prefixes: OrderedDict[tuple[str, tuple[int, ...]], list[tuple[Tensor, Tensor]]] = OrderedDict()
 
@@ -136,7 +137,7 @@ class Decoder:
                 waiting = [row for row in waiting if row not in rows]
                 if check():
                     return
-                tokens = choose(self._head(last), rows)
+                tokens = choose(self.head(last), rows)
                 for row in rows:
                     left[row] -= 1
                 kept = [slot for slot, row in enumerate(rows) if tokens[slot] != end and left[row]]
@@ -151,8 +152,7 @@ class Decoder:
 
     def _stack(self, names: tuple[str, ...]) -> dict[_Linear, _Pairs]:
         """Every linear layer's pairs of the named adapters together."""
-        linears = [part for layer in self._layers for part in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-        return {part: stacked for part in linears if (stacked := part.stacked(names))}
+        return {part: stacked for part in self.linears if (stacked := part.stacked(names))}
 
     # ---- the forward
 
@@ -165,7 +165,8 @@ class Decoder:
         states = self._prefill(new, adapters, check, functools.partial(cache.fill, slot), known, only_last=True)
         for number, key in enumerate(keys):
             if key[1]:
-                self._prefixes.setdefault(key, cache.beginning(slot + number, len(key[1])))
+                if key not in self._prefixes:
+                    self._prefixes[key] = cache.beginning(slot + number, len(key[1]))
                 self._prefixes.move_to_end(key)
         while len(self._prefixes) > PREFIXES:
             self._prefixes.popitem(last=False)
@@ -283,6 +284,7 @@ class _Linear:
         bases = [m.base_layer if isinstance(m, LoraLinear) else m for m in modules]
         weight = torch.cat([m.weight.detach() for m in bases])
         sizes = [len(m.weight) for m in bases]
+        self.in_features = weight.shape[1]
         bias = None
         if any(m.bias is not None for m in bases):
             bias = torch.cat([torch.zeros(len(m.weight)) if m.bias is None else m.bias.detach().float() for m in bases])

@@ -55,6 +55,16 @@ def join(device: str, deepspeed: str | None, dtype: torch.dtype, output: str) ->
     return arguments
 
 
+def leave() -> None:
+    """Leave the launcher's process group, if there is one: the last thing that a process which has finished does.
+
+    Gloo's threads may otherwise abort the interpreter on its way out. A process that failed must not call it: with
+    NCCL it would wait for the others.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def init_deepspeed() -> None:
     """Tell DeepSpeed of the process group, which on a CPU transformers makes without it."""
     import deepspeed

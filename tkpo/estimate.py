@@ -1,19 +1,17 @@
 """What memory a full fine-tuning run will need, before it is started.
 
 Model states (weights, gradients, Adam's moments) come from DeepSpeed's own estimators. The output head and loss
-are counted: the real loss runs on one small chunk, every tensor that lives at the same time is added up, and the sum
-is carried to the run's size, in which it is linear. Activations of the layers are not in it; with gradient
-checkpointing they are small.
+are counted: the real loss runs at the run's size on tensors that have shapes and no values, and every tensor that
+lives at the same time is added up. Activations of the layers are not in it; with gradient checkpointing they are
+small.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
 
 from tkpo.errors import TKPOError
-from tkpo.loss import CHUNK_SIZE, fused_reject_tokens, tkpo_loss
+from tkpo.loss import CHUNK_SIZE, TokenTerms, fused_reject_tokens
 from tkpo.presets import resolve_model
 
 # Published shapes of the presets that come from the hub, so that nothing is downloaded for an estimate.
@@ -94,7 +92,7 @@ def estimate(
     reference = 0 if on_host else copy / (gpus * nodes) if zero == 3 else copy
     heads = {
         "tkpo": _tkpo_head(length, model.hidden, model.vocabulary, num_rejects, chunk_size),
-        "dpo": _carried(_dpo_head, 16, 2 * length, model.hidden, model.vocabulary),
+        "dpo": _dpo_head(2 * length, model.hidden, model.vocabulary),
     }
     return {
         "tkpo": Estimate(states, 0, heads["tkpo"], host),
@@ -135,63 +133,49 @@ def _states(model: Model, gpus: int, nodes: int, zero: int, offload: bool) -> tu
 
 def _tkpo_head(tokens: int, hidden: int, vocabulary: int, num_rejects: int, chunk_size: int) -> float:
     """The larger of its two parts, which follow each other."""
-    loss = _carried(
-        partial(_loss, num_rejects=num_rejects, chunk_size=chunk_size), chunk_size, tokens, hidden, vocabulary
-    )
-    # The draw's own arrays do not shrink with the vocabulary, so that it is counted at the real one.
+    # The draw depends on values, so that it runs, with a hidden size of 1; each further chunk adds the same.
     draws = [_draw(count * chunk_size, vocabulary, num_rejects, chunk_size) for count in (1, 2)]
-    return max(loss, draws[0] + (draws[1] - draws[0]) * (tokens / chunk_size - 1))
+    draw = draws[0] + (draws[1] - draws[0]) * (tokens / chunk_size - 1)
+    return max(draw, _loss(tokens, hidden, vocabulary, num_rejects, chunk_size))
 
 
 @cache
 def _draw(tokens: int, vocabulary: int, num_rejects: int, chunk_size: int) -> int:
-    states, labels, weight = _inputs(tokens, 1, vocabulary)
+    states, weight = _inputs(tokens, 1, vocabulary, "cpu")
     with torch.no_grad(), _Peak() as peak:
-        fused_reject_tokens(states, labels, weight, num_rejects, chunk_size=chunk_size)
+        fused_reject_tokens(
+            states.unsqueeze(0),
+            torch.zeros(1, tokens, dtype=torch.long),
+            weight,
+            num_rejects,
+            chunk_size=chunk_size,
+        )
     return peak.bytes
 
 
-@cache
 def _loss(tokens: int, hidden: int, vocabulary: int, num_rejects: int, chunk_size: int) -> int:
-    states, labels, weight = _inputs(tokens, hidden, vocabulary)
+    states, weight = _inputs(tokens, hidden, vocabulary, "meta")
+    candidates = torch.zeros(tokens, 1 + num_rejects, dtype=torch.long, device="meta")
     with _Peak() as peak:
-        rejects = torch.zeros(tokens, num_rejects, dtype=torch.long)
-        tkpo_loss(states, labels, weight, rejects, chunk_size=chunk_size).loss.backward()
+        # Of the whole loss only picking the response positions depends on values: a copy stands for it.
+        cross_entropy, log_rewards, _ = TokenTerms.apply(states.clone(), weight, candidates, 0.15, chunk_size)
+        (cross_entropy + log_rewards).sum().backward()
     return peak.bytes
 
 
-@cache
 def _dpo_head(tokens: int, hidden: int, vocabulary: int) -> int:
     """Log-probabilities as LLaMA-Factory's DPO has them: log-softmax in float32 of the logits of every position."""
-    states, labels, weight = _inputs(tokens, hidden, vocabulary)
+    states, weight = _inputs(tokens, hidden, vocabulary, "meta")
+    labels = torch.zeros(tokens, 1, dtype=torch.long, device="meta")
     with _Peak() as peak:
-        (states @ weight.T).float().log_softmax(-1).gather(2, labels.unsqueeze(-1)).sum().backward()
+        (states @ weight.T).float().log_softmax(-1).gather(-1, labels).sum().backward()
     return peak.bytes
 
 
-def _inputs(tokens: int, hidden: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states (1, tokens, hidden), labels (1, tokens) and the head's weight (vocabulary, hidden), all zero."""
-    states = torch.zeros(1, tokens, hidden, dtype=HALF, requires_grad=True)
-    weight = torch.zeros(vocabulary, hidden, dtype=HALF, requires_grad=True)
-    return states, torch.zeros(1, tokens, dtype=torch.long), weight
-
-
-def _carried(count: Callable[[int, int, int], int], chunk: int, tokens: int, hidden: int, vocabulary: int) -> float:
-    """Bytes at (tokens, hidden, vocabulary), carried from counts at small sizes, in each of which they are linear.
-
-    chunk: tokens of a chunk; from the second chunk on each adds the same. The small vocabulary and hidden size are
-    in the proportion of a real model's, so that the same arrays make the peak.
-    """
-    ratio = vocabulary / hidden
-    small = ((2 * chunk, 3 * chunk), (16, 32), (round(16 * ratio), round(32 * ratio)))
-    total = 0.0
-    for corner in itertools.product((0, 1), repeat=3):
-        share = 1.0
-        for (low, high), to, upper in zip(small, (tokens, hidden, vocabulary), corner, strict=True):
-            place = (to - low) / (high - low)
-            share *= place if upper else 1 - place
-        total += share * count(*(sizes[upper] for sizes, upper in zip(small, corner, strict=True)))
-    return total
+def _inputs(tokens: int, hidden: int, vocabulary: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states (tokens, hidden) and the head's weight (vocabulary, hidden), all zero."""
+    options = {"dtype": HALF, "device": device, "requires_grad": True}
+    return torch.zeros(tokens, hidden, **options), torch.zeros(vocabulary, hidden, **options)
 
 
 class _Peak(TorchDispatchMode):

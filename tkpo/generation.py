@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import queue
 import threading
@@ -16,6 +17,7 @@ from transformers import (
     AutoConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -72,6 +74,7 @@ class OutlineGenerator:
             check_base(folder, model)
         self.adapters = (*folders, BASE)
         self._decoder = _load(model, folders, dtype, device, self.tokenizer.pad_token_id)
+        self._instructions: dict[str, list[int]] = {}  # instruction → ids of a prompt without input
         self._lock = threading.Lock()
 
     @property
@@ -101,6 +104,14 @@ class OutlineGenerator:
         kept = self.tokenizer.decode(article[: max(1, len(article) - excess - 8)]).rstrip("\ufffd")
         logger.warning("the input has %d tokens: its last %d were cut", len(article), excess)
         return ids(user_message({**record, "input": kept}))
+
+    def shared_tokens(self, record: dict, prompt: list[int]) -> int:
+        """How many of the record's prompt ids begin every prompt of its instruction; never all of them."""
+        instruction = record["instruction"]
+        if instruction not in self._instructions:
+            self._instructions[instruction] = self.prompt_ids({"instruction": instruction})
+        pairs = zip(prompt[:-1], self._instructions[instruction], strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def generate(self, records: list[dict], adapters: str | list[str], **options) -> list[str]:
         """Outlines for `records`, one each. `adapters`: one name for all, or one a record; options as in `each`."""
@@ -174,8 +185,7 @@ class OutlineGenerator:
         if not records:
             return
         prompts = [self.prompt_ids(record) for record in records]
-        empty = [self.prompt_ids({**record, "input": ""}) for record in records]
-        shared = [_common(ids[:-1], other) for ids, other in zip(prompts, empty, strict=True)]
+        shared = [self.shared_tokens(record, ids) for record, ids in zip(records, prompts, strict=True)]
         cancelled = threading.Event()
         steps: queue.SimpleQueue = queue.SimpleQueue()
         pick = _Pick(self.loop_guard, len(records), temperature, seed, steps.put)
@@ -215,12 +225,6 @@ class OutlineGenerator:
         return text.strip() if whole else text.lstrip().rstrip("\ufffd")  # a character that is still incomplete
 
 
-def _common(ids: list[int], others: list[int]) -> int:
-    """How many tokens both begin with."""
-    pairs = enumerate(zip(ids, others, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(ids), len(others)))
-
-
 class _Pick:
     """Chooses each row's next token from its logits, greedily or by drawing, and tells it to `told`."""
 
@@ -250,13 +254,21 @@ class _Pick:
         return tokens
 
 
-def _load(model: str, folders: dict[str, Path], dtype, device, pad_id: int) -> Decoder | _TransformersDecoder:
+def _load(model: str, folders: dict[str, Path], dtype, device, pad_id: int) -> Decoder | TransformersDecoder:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     wanted = str(default_dtype(device) if dtype == "auto" else dtype).removeprefix("torch.")
     quick = device.type == "cpu" and wanted == "float32"
     # `Decoder` repacks the weights as they are stored: in float32 they would only take time and memory.
     stored = AutoConfig.from_pretrained(resolve_model(model)).dtype if quick else None
-    whole = load_model(model, stored or dtype, device)
+    whole = load_with_adapters(model, folders, stored or dtype, device)
+    if quick and Decoder.fits(whole):
+        return Decoder(whole)
+    return TransformersDecoder(whole.float() if quick else whole, pad_id)
+
+
+def load_with_adapters(model: str, folders: dict[str, Path], dtype, device) -> PreTrainedModel | PeftModel:
+    """The model in eval mode, around it the adapters, name → folder; TKPOError for one that does not fit."""
+    whole = load_model(model, dtype, device)
     for name, folder in folders.items():
         try:
             options = {"adapter_name": name, "low_cpu_mem_usage": True}  # without random weights first
@@ -266,13 +278,10 @@ def _load(model: str, folders: dict[str, Path], dtype, device, pad_id: int) -> D
                 whole = PeftModel.from_pretrained(whole, str(folder), **options)
         except (RuntimeError, ValueError, OSError) as error:
             raise TKPOError(f"adapter {folder} does not fit model {model}: {error}") from error
-    whole.eval()
-    if quick and Decoder.fits(whole):
-        return Decoder(whole)
-    return _TransformersDecoder(whole.float() if quick else whole, pad_id)
+    return whole.eval()
 
 
-class _TransformersDecoder:
+class TransformersDecoder:
     """What `tkpo.decoding.Decoder` does, for any model and device, by transformers and PEFT."""
 
     def __init__(self, model, pad_id: int):

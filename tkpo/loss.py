@@ -202,7 +202,7 @@ def tkpo_loss(
             "sequences must hold the same responses"
         )
     candidates = torch.cat([gold, reject_tokens], dim=-1) if with_preference else gold
-    cross_entropy, log_rewards, wins = _TokenTerms.apply(hidden[mask], weight, candidates, tau, chunk_size)
+    cross_entropy, log_rewards, wins = TokenTerms.apply(hidden[mask], weight, candidates, tau, chunk_size)
 
     present = mask.any(dim=1)
     count = present.sum().clamp_min(1) if num_sequences is None else num_sequences
@@ -241,7 +241,7 @@ def fused_reject_tokens(
     return torch.cat(drawn) if drawn else gold.new_empty(0, num_rejects)
 
 
-class _TokenTerms(torch.autograd.Function):
+class TokenTerms(torch.autograd.Function):
     """Per position: cross-entropy, log r_t, and whether the gold token beats every reject.
 
     With z = W h, p = softmax(z), candidates v = (gold, rejects), s = softmax(p_v / tau), r = s_0:
@@ -304,7 +304,10 @@ class _TokenTerms(torch.autograd.Function):
             logits_grad = probs.mul_(-slopes.sum(-1, keepdim=True)).scatter_add_(-1, candidates[part], slopes)
             logits_grad = logits_grad.to(states.dtype)
             states_grad[part] = logits_grad @ head
-            weight_grad += (logits_grad.T @ states[part]).to(weight_grad.dtype)
+            if weight_grad.dtype == states.dtype:
+                weight_grad.addmm_(logits_grad.T, states[part])  # without a second tensor of its size
+            else:
+                weight_grad += logits_grad.T @ states[part]
         return states_grad, weight_grad.to(weight.dtype), None, None, None
 
 
@@ -320,7 +323,7 @@ def _chunk_probs(states: Tensor, head: Tensor, candidates: Tensor) -> tuple[Tens
 
 
 def _reward_slopes(picked: Tensor, log_shares: Tensor, tau: float) -> Tensor:
-    """a_v of `_TokenTerms`: p_v d(log r)/dp_v, (n, K+1)."""
+    """a_v of `TokenTerms`: p_v d(log r)/dp_v, (n, K+1)."""
     slopes = -log_shares.exp()
     slopes[:, 0] += 1
     return picked * slopes / tau

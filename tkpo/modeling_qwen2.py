@@ -94,24 +94,39 @@ def _forward(
     if hasattr(self.lm_head, "lora_A"):
         raise TKPOError("an adapter on lm_head would not be seen: take lm_head out of target_modules")
     draw = {"num_rejects": settings.num_rejects, "chunk_size": settings.chunk_size}
-    rejects = None
-    if settings.preference_weight and settings.sampler != NO_FLIP:
+    flips = bool(settings.preference_weight) and settings.sampler != NO_FLIP
+    shared = 0
+    if flips:
         if not flipped:
             if settings.flipper is None:
                 raise TKPOError("no flipped inputs were given and TKPOSettings has no flipper: give it a PromptFlipper")
             flipped_input_ids, flipped_attention_mask, flipped_labels = settings.flipper.flip_batch(
                 input_ids, labels, attention_mask
             )
+        targets = _shift(flipped_labels)
+        if _can_share(self.model, kwargs):
+            shared = _count_shared(
+                (input_ids, attention_mask), (flipped_input_ids, flipped_attention_mask), targets == IGNORE_INDEX
+            )
+    true = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=shared > 0, **kwargs)
+    hidden = true.last_hidden_state
+    rejects = None
+    if flips:
+        cache = true.past_key_values if shared else None
+        for layer in cache.layers if shared else ():
+            layer.keys, layer.values = layer.keys[:, :, :shared].detach(), layer.values[:, :, :shared].detach()
         with torch.no_grad():
             states = self.model(
-                input_ids=flipped_input_ids, attention_mask=flipped_attention_mask, use_cache=False
+                input_ids=flipped_input_ids[:, shared:],
+                attention_mask=flipped_attention_mask,
+                past_key_values=cache,
+                use_cache=shared > 0,
             ).last_hidden_state
-        targets = _shift(flipped_labels)
+        targets = targets[:, shared:]
         rejects = _through_head(
             self.lm_head, states, lambda h, w: fused_reject_tokens(h, targets, w, sampler=settings.sampler, **draw)
         )
-    hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs).last_hidden_state
-    if settings.preference_weight and settings.sampler == NO_FLIP:
+    elif settings.preference_weight:
         rejects = _through_head(
             self.lm_head, hidden.detach(), lambda h, w: fused_reject_tokens(h, _shift(labels), w, **draw)
         )
@@ -123,6 +138,22 @@ def _forward(
 
     result = TKPOLoss(*_through_head(self.lm_head, hidden, terms))
     return TKPOOutput(**vars(result))
+
+
+def _can_share(model: torch.nn.Module, kwargs: dict) -> bool:
+    """Whether the flipped pass may go on from keys and values of the true one: all kept, at positions 0, 1, …"""
+    checkpointed = model.training and model.gradient_checkpointing
+    return not checkpointed and not model.has_sliding_layers and kwargs.get("position_ids") is None
+
+
+def _count_shared(true: tuple, flipped: tuple, unused: Tensor) -> int:
+    """Leading columns in which two batches (ids, mask or None) are alike, and whose states are unused (B, T')."""
+    length = min(true[0].shape[1], flipped[0].shape[1]) - 1
+    masks = [torch.ones_like(ids) if mask is None else mask for ids, mask in (true, flipped)]
+    alike = unused[:, :length].clone()
+    for ours, theirs in ((true[0], flipped[0]), masks):
+        alike &= ours[:, :length] == theirs[:, :length]
+    return int(alike.all(dim=0).long().cumprod(dim=0).sum())
 
 
 def _through_head(head: torch.nn.Module, states: Tensor, function: Callable):

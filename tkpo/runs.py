@@ -34,6 +34,7 @@ from tkpo.data import annotate, load_records, record_key, user_message
 from tkpo.distributed import check_launch, deepspeed_file, join, parameter_count, precision, whole_state
 from tkpo.errors import TKPOError
 from tkpo.loss import IGNORE_INDEX
+from tkpo.machine import processor
 from tkpo.presets import DTYPES, base_model_hash, default_dtype, load_model, load_tokenizer, resolve_model
 from tkpo.run_config import PAIRWISE, RunConfig
 from tkpo.training import TKPOConfig, TKPOTrainer, encode_dataset
@@ -409,21 +410,13 @@ def environment() -> dict:
         "python": platform.python_version(),
         "packages": versions,
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpus": gpus,
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "revision": _revision(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _revision() -> str | None:

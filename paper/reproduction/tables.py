@@ -302,8 +302,9 @@ def table3(results: Results) -> Table:
         what = (
             f"{bench['model']}, {bench['finetuning']}, batch {bench['batch_size']}, {tokens.get('mean', 0):.0f} tokens"
         )
+        what += " a sample" + (", instruction after the article" if bench.get("attribute_last") else "")
         where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
-        blocks.append(Block(header, rows, 1, f"One run on one machine: {what} a sample; {where}"))
+        blocks.append(Block(header, rows, 1, f"One run on one machine: {what}; {where}"))
     for machine, rows in _training_costs(results).items():
         header = [
             "data set",
