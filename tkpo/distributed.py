@@ -105,14 +105,12 @@ def _open_files() -> set[Path]:
 
 
 def precision(deepspeed: str | None, dtype: torch.dtype) -> dict[str, bool]:
-    """fp16 and bf16 of TrainingArguments: DeepSpeed's own mixed precision, with master weights in float32.
+    """fp16 and bf16 of TrainingArguments.
 
-    Without DeepSpeed the model's dtype alone decides.
+    With DeepSpeed its own mixed precision, with master weights in float32. Without, autocast to bfloat16 for a
+    bfloat16 base: the adapter's float32 weights are multiplied in bfloat16 as well.
     """
-    return {
-        "fp16": bool(deepspeed) and dtype == torch.float16,
-        "bf16": bool(deepspeed) and dtype == torch.bfloat16,
-    }
+    return {"fp16": bool(deepspeed) and dtype == torch.float16, "bf16": dtype == torch.bfloat16}
 
 
 def whole_state(trainer: Trainer) -> dict[str, torch.Tensor] | None:

@@ -28,7 +28,7 @@ from tkpo.data import user_message
 from tkpo.decoding import Decoder
 from tkpo.errors import TKPOError
 from tkpo.loop_guard import LoopGuard
-from tkpo.presets import default_dtype, load_model, load_tokenizer, resolve_model
+from tkpo.presets import load_model, load_tokenizer, resolve_model
 from tkpo.runs import adapter_folder, check_base
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class OutlineGenerator:
     """The base model with its adapters loaded once; `generate` and `stream` write outlines.
 
     model: preset, folder or hub id. adapters: name → run or adapter folder. "base" is always there: zero-shot.
-    In float32 on a CPU the model runs by `tkpo.decoding`, elsewhere by transformers. One generation runs at a time;
+    In float32, the default on a CPU, the model runs by `tkpo.decoding`, elsewhere by transformers. One generation runs at a time;
     a second caller waits.
     """
 
@@ -256,8 +256,9 @@ class _Pick:
 
 def _load(model: str, folders: dict[str, Path], dtype, device, pad_id: int) -> Decoder | TransformersDecoder:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    wanted = str(default_dtype(device) if dtype == "auto" else dtype).removeprefix("torch.")
-    quick = device.type == "cpu" and wanted == "float32"
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"  # `Decoder` is quicker than bfloat16 is, also where the CPU has that
+    quick = device.type == "cpu" and str(dtype).removeprefix("torch.") == "float32"
     # `Decoder` repacks the weights as they are stored: in float32 they would only take time and memory.
     stored = AutoConfig.from_pretrained(resolve_model(model)).dtype if quick else None
     whole = load_with_adapters(model, folders, stored or dtype, device)

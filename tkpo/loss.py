@@ -133,7 +133,7 @@ def _with_replacement(weights: Tensor, count: int, generator: torch.Generator | 
     """(n, count) columns of each row of weights (n, V), by inverse sums in float64: first of blocks, then within."""
     size = max(d for d in range(1, BLOCK + 1) if weights.shape[-1] % d == 0)
     blocks = weights.unflatten(-1, (-1, size))
-    sums = blocks.sum(dim=-1, dtype=torch.float64)
+    sums = blocks.sum(dim=-1).double()  # of few numbers each: float32 will do
     ends = sums.cumsum(dim=-1)
     point = torch.rand(len(weights), count, dtype=torch.float64, device=weights.device, generator=generator)
     point *= ends[:, -1:]

@@ -63,6 +63,7 @@ class RunConfig:
 
     save_steps: int = field(default=20, metadata={"help": "optimizer steps between checkpoints"})
     eval_steps: int = field(default=0, metadata={"help": "steps between validations; 0: none"})
+    eval_samples: int | None = field(default=None, metadata={"help": "validate on so many samples, chosen by hash"})
 
     def __post_init__(self):
         for name, choices in (("method", METHODS), ("finetuning", ("lora", "full"))):

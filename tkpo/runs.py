@@ -42,7 +42,7 @@ from tkpo.training import TKPOConfig, TKPOTrainer, encode_dataset
 logger = logging.getLogger(__name__)
 
 SIMPO_GAMMA = 0.5  # margin; TRL's default, within the range of the SimPO paper (arXiv 2405.14734)
-RESUMABLE = ("epochs", "save_steps", "eval_steps", "output")  # may differ when a run is resumed
+RESUMABLE = ("epochs", "save_steps", "eval_steps", "eval_samples", "output")  # may differ when a run is resumed
 
 
 # ---- the run -------------------------------------------------------------------------------------------
@@ -123,8 +123,9 @@ def _training_records(config: RunConfig, split: str = "train") -> list[dict]:
     pairs = config.method in PAIRWISE and split == "train"
     records = load_records(config.dataset, split, config.lang, pairs, config.data_dir)
     records = annotate(records, axis)
-    if config.max_samples and config.max_samples < len(records):
-        records = sorted(records, key=sample_order)[: config.max_samples]
+    most = config.max_samples if split == "train" else config.eval_samples
+    if most and most < len(records):
+        records = sorted(records, key=sample_order)[:most]
     return records
 
 

@@ -18,7 +18,7 @@ PRESET = "qwen2.5-coder-0.5b"  # the one whose tables and figures the project sh
 BASE = "base"  # the model as it is, zero-shot
 # Fields of a RunConfig that say how a run is done, not what it is.
 HOW = ("output", "sft_adapter", "device", "data_dir", "axes_file", "micro_batch_size", "gradient_checkpointing")
-HOW += ("deepspeed", "save_steps", "eval_steps")
+HOW += ("deepspeed", "save_steps", "eval_steps", "eval_samples")
 
 
 @dataclass(frozen=True)
