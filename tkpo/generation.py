@@ -53,8 +53,8 @@ class OutlineGenerator:
     """The base model with its adapters loaded once; `generate` and `stream` write outlines.
 
     model: preset, folder or hub id. adapters: name → run or adapter folder. "base" is always there: zero-shot.
-    In float32, the default on a CPU, the model runs by `tkpo.decoding`, elsewhere by transformers. One generation runs at a time;
-    a second caller waits.
+    In float32, the default on a CPU, the model runs by `tkpo.decoding`, elsewhere by transformers. One generation runs
+    at a time; a second caller waits.
     """
 
     def __init__(
