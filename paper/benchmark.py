@@ -64,7 +64,8 @@ class Setup:
 
     @property
     def name(self) -> str:
-        return f"{Path(self.model).name}-{self.finetuning}" + ("-attribute-last" if self.attribute_last else "")
+        extra = ("-bfloat16" if self.dtype == "bfloat16" else "") + ("-attribute-last" if self.attribute_last else "")
+        return f"{Path(self.model).name}-{self.finetuning}{extra}"
 
 
 # ---- in a method's own process -------------------------------------------------------------------------
@@ -691,7 +692,9 @@ def main(argv: list[str] | None = None) -> int:
     defaults = Setup()
     p.add_argument("--model", default=defaults.model, help="preset or folder; default %(default)s")
     p.add_argument("--finetuning", choices=("lora", "full"), default=defaults.finetuning)
-    p.add_argument("--dtype", default=defaults.dtype, choices=("float32", "bfloat16"))
+    p.add_argument(
+        "--dtype", default=defaults.dtype, choices=("float32", "bfloat16"), help="of the model; default %(default)s"
+    )
     p.add_argument("--device", default=defaults.device, help="cpu (default) or cuda")
     p.add_argument("--dataset", default=defaults.dataset, help="default %(default)s")
     p.add_argument("--lang", choices=("en", "zh"), help="default both; small writes English only")

@@ -300,7 +300,8 @@ def table3(results: Results) -> Table:
         header += ["× DPO counted", "× DPO published"]
         machine, tokens = bench["machine"], bench.get("tokens", {})
         what = (
-            f"{bench['model']}, {bench['finetuning']}, batch {bench['batch_size']}, {tokens.get('mean', 0):.0f} tokens"
+            f"{bench['model']}, {bench['finetuning']}, {bench['dtype']}, batch {bench['batch_size']}, "
+            f"{tokens.get('mean', 0):.0f} tokens"
         )
         what += " a sample" + (", instruction after the article" if bench.get("attribute_last") else "")
         where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
