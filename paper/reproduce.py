@@ -1,6 +1,6 @@
 """Regenerate the paper's tables and figures from stored results, and make the runs that they lack.
 
-python paper/reproduce.py --all                    every table and figure, no training
+python paper/reproduce.py --all                    every table, figure and README section, no training
 python paper/reproduce.py --table 2 --format md    one table, printed and written
 python paper/reproduce.py --list                   what there is, and which runs each still lacks
 python paper/reproduce.py --run --table 2          make those runs first; a run that was cut off goes on
@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
 from pathlib import Path
 
-from reproduction import grid, store, tables
+from reproduction import grid, readme, store, tables
 from reproduction.grid import PRESET, Run
 from reproduction.tables import Results
 
@@ -102,8 +101,8 @@ def _reproduce(args) -> None:
 
             for path in figures.write(int(number), results, output["figures"]):
                 print(path)
-    if args.all:
-        _write_findings(results, output["tables"])
+    if args.all and output["tables"] == PAPER / "tables":
+        readme.write(results)
 
 
 def _places(results: Path | None, preset: str) -> tuple[Path, dict[str, Path], Path]:
@@ -162,22 +161,6 @@ def _list(results: Results, chosen: list[str]) -> None:
             print(f"  {served.name}: {len(runs) - len(missing)} of {len(runs)} runs stored")
             for run in missing:
                 print(f"    missing: {run.name}")
-
-
-def _write_findings(results: Results, folder: Path) -> None:
-    """The comparison in paper/README.md, between its marks, where the project's own tables are written."""
-    if folder != PAPER / "tables":
-        return
-    readme = PAPER / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    fresh = re.sub(
-        r"(<!-- findings -->\n).*?(<!-- /findings -->)",
-        lambda marks: f"{marks[1]}{tables.findings(results)}{marks[2]}",
-        text,
-        flags=re.DOTALL,
-    )
-    if fresh != text:
-        readme.write_text(fresh, encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

@@ -190,6 +190,8 @@ def evaluation(run: Run, preset: Preset) -> dict:
     """What decides the predictions of a run, beside its training."""
     entry = _dataset(run, preset)
     limits = {key: entry[key] for key in ("limit", "max_new_tokens")}
+    if run.split == "validation":
+        limits["limit"] = entry.get("validation_limit", entry["limit"])
     return {
         "model": preset.model,
         "dataset": run.dataset,

@@ -102,19 +102,19 @@ class Store:
     # ---- tuning
 
     def tuned(self, grid: Grid, grids: dict[str, Grid], seeds: list[int] | None = None) -> list[Run] | None:
-        """The runs of a grid whose settings another grid's results choose; None while one of those is missing."""
+        """The runs of a grid whose settings another grid's results choose; None while no data set has all its tries."""
         tries = grids[grid.tuned_by["grid"]].runs(self.preset)
-        if not all(self.get(run) for run in tries):
-            return None
+        lacking = {run.dataset for run in tries if not self.get(run)}
+        tries = [run for run in tries if run.dataset not in lacking]
         self.score(tries)
         made = []
         for seed in seeds or self.preset.seeds or grid.seeds:
-            for dataset in grid.datasets:
+            for dataset in (name for name in grid.datasets if name not in lacking):
                 for method in grid.methods:
                     own = [run for run in tries if (run.dataset, run.method) == (dataset, method)]
                     best = max(own, key=lambda run: mean(s[grid.tuned_by["score"]] for s in self.samples(run)))
                     made.append(grid.run(self.preset, dataset, method, seed, dict(best.settings)))
-        return made
+        return made or None
 
 
 def mean(values) -> float:
@@ -136,7 +136,7 @@ def make_record(folder: Path | None, predicted: dict, run: Run) -> dict:
         record["continues"] = run.sft.name if run.sft else None
         record["environment"] = _json(folder / "environment.json")
         record["training"] = _json(folder / "metrics.json")
-        record["adapter_sha256"] = adapter_hash(folder, run)
+        record["adapter_sha256"] = adapter_hash(folder)
         record["log"] = log
     else:
         record |= {"config": None, "environment": predicted["environment"]}
@@ -147,14 +147,10 @@ def make_record(folder: Path | None, predicted: dict, run: Run) -> dict:
     return record
 
 
-def adapter_hash(folder: Path, run: Run) -> str | None:
-    """SHA-256 of the run's adapter: in its folder, or the shipped one of a run whose record alone is kept."""
-    shipped = PAPER / "checkpoints" / run.dataset / run.method
-    places = [folder / "model"] + ([shipped] if (PAPER / "results") in folder.resolve().parents else [])
-    for place in places:
-        if (place / "adapter_model.safetensors").is_file():
-            return hashlib.sha256((place / "adapter_model.safetensors").read_bytes()).hexdigest()
-    return None
+def adapter_hash(folder: Path) -> str | None:
+    """SHA-256 of the adapter in a run's folder; None after full fine-tuning."""
+    weights = folder / "model" / "adapter_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
 
 
 def import_run(store: Store, grids: dict[str, Grid], folder: str, predictions: str) -> Path:

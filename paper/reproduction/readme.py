@@ -1,0 +1,93 @@
+"""What the READMEs say of the results, written between marks: <!-- name --> … <!-- /name -->."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from reproduction.grid import Run
+from reproduction.tables import DATASETS, LANGUAGES, METHODS, SCORES, Results, findings, samples_by_seed, score_cells
+
+ROOT = Path(__file__).parents[2]
+COMPARED = ("base", "sft", "dpo", "tkpo")
+OWN_TOPICS = (0, 6, 10)  # of results/own_topics.json, those whose outlines by TKPO are shown
+
+
+def write(results: Results, root: Path = ROOT) -> None:
+    """Bring README.md and paper/README.md of `root` up to the results; a section without its runs is left as it is."""
+    sections = {"scores": scores(results), "outlines": outlines(results), "topics": topics(results)}
+    fill(root / "README.md", sections)
+    fill(root / "paper" / "README.md", {"findings": findings(results)})
+
+
+def fill(path: Path, sections: dict[str, str | None]) -> None:
+    text = fresh = path.read_text(encoding="utf-8")
+    for name, section in sections.items():
+        if section is not None:
+            pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+            fresh = re.sub(pattern, lambda marks, new=section: marks[1] + new + marks[2], fresh, flags=re.DOTALL)
+    if fresh != text:
+        path.write_text(fresh, encoding="utf-8", newline="\n")
+
+
+def _first_runs(results: Results, dataset: str) -> dict[str, Run]:
+    """Method → its stored run of the first seed with the preset's settings, of those that are compared."""
+    runs = {method: Run(dataset, method, 0) for method in COMPARED}
+    return {method: run for method, run in runs.items() if results.store.get(run)}
+
+
+def scores(results: Results) -> str | None:
+    """Every method's scores by its first seed, those of the shipped adapters: a table a data set."""
+    lines = []
+    for dataset, title in DATASETS.items():
+        runs = _first_runs(results, dataset)
+        if len(runs) < len(COMPARED):
+            return None
+        samples = results.store.get(runs["sft"])["training"]["samples"]
+        lines += [f"**{title.capitalize()}** ({samples} training samples, both languages together)", ""]
+        lines += ["| | | n | " + " | ".join(SCORES.values()) + " |"]
+        lines += ["| --- | --- |" + " ---: |" * (len(SCORES) + 1)]
+        for lang, language in LANGUAGES.items():
+            for method, run in runs.items():
+                own = samples_by_seed(results, [run], lambda s, lang=lang: s["lang"] == lang)
+                cells = [language, METHODS[method], str(len(own[0])), *score_cells(own, SCORES)]
+                lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def outlines(results: Results) -> str | None:
+    """What SFT, DPO and TKPO wrote for the first article of the test split in each language."""
+    runs = {m: results.store.get(run) for m, run in _first_runs(results, "language_style").items() if m != "base"}
+    if len(runs) < len(COMPARED) - 1:
+        return None
+    lines = []
+    for lang in LANGUAGES:
+        rows = runs["sft"]["predictions"]
+        index = next(i for i, row in enumerate(rows) if (row["lang"], row["form"]) == (lang, "article"))
+        lines += [f"Asked for: *{rows[index]['attribute']}*, article `{rows[index]['id']}` given.", ""]
+        for method, record in runs.items():
+            lines += [f"{METHODS[method]}:", "", "```", record["predictions"][index]["prediction"], "```", ""]
+        lines += ["Reference:", "", "```", rows[index]["reference"], "```", ""]
+    return "\n".join(lines)
+
+
+def topics(results: Results) -> str | None:
+    """How many of the topics that are not in the corpus came out in style, and some outlines."""
+    path = results.store.folder.parent / "own_topics.json"
+    if not path.exists():
+        return None
+    rows = json.loads(path.read_text(encoding="utf-8"))["topics"]
+    counts = []
+    for method in COMPARED[1:]:
+        judged = [(row["outlines"][method], row["style"]) for row in rows]
+        counts.append(f"{METHODS[method]} {sum(o['valid'] and o['read_as'] == style for o, style in judged)}")
+    lines = [
+        f"Of {len(rows)} outlines each, so many parse and read as the asked style: {', '.join(counts)}. By TKPO:",
+        "",
+    ]
+    for index in OWN_TOPICS:
+        row = rows[index]
+        lines += [f"*{row['style']}*, “{row['topic']}”:", "", "```", row["outlines"]["tkpo"]["outline"], "```", ""]
+    return "\n".join(lines)
