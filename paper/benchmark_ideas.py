@@ -1,10 +1,11 @@
-"""Ideas for a faster training step that are not taken, measured: one batch for both passes, torch.compile, bucketing.
+"""Ideas for a faster training step, measured: one batch for both passes, torch.compile, bucketing, draws.
 
     python paper/benchmark_ideas.py
 
 passes: the backbone reads a true and a flipped sample, in one batch of two or one after the other.
 compile: forward and backward of the backbone with LoRA, plain and by torch.compile, and the seconds compiling took.
 padding: columns that a batch computes beside its samples' own tokens, in random order and grouped by length.
+draws: reject tokens of 128 positions by each way of drawing, beside the product that makes their logits.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from tkpo.attributes import get_axis
 from tkpo.data import load_records
 from tkpo.flip import PromptFlipper, pad_rows
+from tkpo.loss import draw_reject_tokens
 from tkpo.training import encode_dataset
 
 BATCHES = (4, 8, 16)
+POSITIONS, REJECTS = 128, 20
 
 
 def in_turn(forms: dict[str, Callable[[int], None]], rounds: int) -> dict[str, list[float]]:
@@ -65,7 +68,9 @@ def compiled(model, rows: list[tuple[tuple, tuple]], rounds: int) -> dict:
     def step(backbone) -> Callable[[int], None]:
         def run(number: int) -> None:
             ids, mask, _ = pad_rows([rows[number][0]], 0)
-            backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.mean().backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=backbone.dtype == torch.bfloat16):  # as in training
+                states = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            states.float().mean().backward()
 
         return run
 
@@ -89,9 +94,25 @@ def padding(lengths: list[int], seed: int) -> list[dict]:
     return found
 
 
+@torch.no_grad()
+def draws(head: torch.Tensor, rounds: int) -> dict:
+    """head: the output head's weight (V, H). Logits are made anew for each form, outside of its time."""
+    labels = torch.randint(len(head), (1, POSITIONS), generator=torch.Generator().manual_seed(0))
+    states = torch.randn(POSITIONS, head.shape[1], generator=torch.Generator().manual_seed(1))
+    logits = (states @ head.float().T).unsqueeze(0)
+    forms = {
+        "logits (product)": lambda _: states.to(head.dtype) @ head.T,
+        "inverse sums": lambda _: draw_reject_tokens(logits, labels, REJECTS, "multinomial"),
+        "Gumbel noise": lambda _: draw_reject_tokens(logits, labels, REJECTS, "gumbel"),
+        "torch.multinomial": lambda _: torch.multinomial(logits[0].softmax(-1), REJECTS),
+    }
+    return {name: seconds[1:] for name, seconds in in_turn(forms, rounds).items()}
+
+
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default=Setup.model, help="preset or folder; default %(default)s")
+    p.add_argument("--dtype", default=Setup.dtype, choices=("float32", "bfloat16"), help="default %(default)s")
     p.add_argument("--rounds", type=int, default=5, help="timed rounds; default %(default)s")
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     p.add_argument("--output", type=Path, default=FOLDER, help="folder for the JSON; default %(default)s")
@@ -100,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         p.error("--rounds and --threads must be at least 1")
     started, load = time.time(), os.getloadavg()[0]
     torch.set_num_threads(args.threads)
-    setup = Setup(model=args.model, steps=args.rounds, threads=args.threads)
+    setup = Setup(model=args.model, dtype=args.dtype, steps=args.rounds, threads=args.threads)
     model, tokenizer = fresh_model(setup)
     encoded = encode_dataset(
         training_records(setup), tokenizer, PromptFlipper(tokenizer, get_axis(setup.dataset)), setup.max_length
@@ -111,11 +132,13 @@ def main(argv: list[str] | None = None) -> int:
     result = {
         "name": "ideas",
         "model": args.model,
+        "dtype": args.dtype,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "machine": machine(setup, load),
         "versions": versions(),
         "tokens": [len(true[0]) for true, _ in rows],
         "padding": padding(lengths, setup.seed),
+        "draws": draws(model.lm_head.weight, args.rounds),
         "passes": passes(model.model, rows, args.rounds),
     }
     get_peft_model(model, lora_config(setup))  # puts LoRA into the backbone, in place
@@ -139,6 +162,8 @@ def report(result: dict) -> str:
     lines.append(
         f"compiled / plain: {ratio(own['steps'], plain['steps']):.2f}, after {own['first']:.0f} s of compiling"
     )
+    for name, seconds in result["draws"].items():
+        lines.append(f"{POSITIONS} positions, {name}: {1000 * statistics.median(seconds):.0f} ms")
     for row in result["padding"]:
         lines.append(
             f"batches of {row['batch_size']}: {row['random']:.2f} columns a token in random order, "

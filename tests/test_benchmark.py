@@ -185,5 +185,6 @@ def test_ideas_are_measured_on_a_model(tmp_path, capsys):
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "ideas.json").read_text())
     assert [len(seconds) for seconds in found["passes"].values()] == [2, 2]
+    assert all(len(seconds) == 2 for seconds in found["draws"].values())
     assert found["compile"]["compiled"]["first"] > found["compile"]["plain"]["first"]
     assert "compiled / plain" in printed and "batches of 16" in printed
