@@ -257,17 +257,22 @@ def test_a_broken_record_is_named(tmp_path, preset, text):
         store.get(run)
 
 
-def test_tuning_chooses_on_validation_and_waits_until_all_tries_are_there(grids, preset, tmp_path):
+def test_tuning_chooses_on_validation_and_waits_until_all_tries_of_a_data_set_are_there(grids, preset, tmp_path):
     store = Store(tmp_path, preset)
     tuned = grids["5-tuned"]
     tries = grids["4-tuning"].runs(preset)
     best = {
         (d, m): [r for r in tries if (r.dataset, r.method) == (d, m)][2] for d in tuned.datasets for m in tuned.methods
     }
-    for run in tries[:-1]:
-        store.add(run, record_of(run, preset, perfect if run in best.values() else first_line))
+    last = {dataset: [run for run in tries if run.dataset == dataset][-1] for dataset in tuned.datasets}
+    for run in tries:
+        if run not in last.values():
+            store.add(run, record_of(run, preset, perfect if run in best.values() else first_line))
     assert store.tuned(tuned, grids) is None
-    store.add(tries[-1], record_of(tries[-1], preset, blank))
+    for dataset, run in last.items():
+        assert dataset not in {r.dataset for r in store.tuned(tuned, grids) or []}
+        store.add(run, record_of(run, preset, blank))
+        assert dataset in {r.dataset for r in store.tuned(tuned, grids)}
     found = store.tuned(tuned, grids)
     assert {(r.dataset, r.method): r.settings for r in found} == {key: run.settings for key, run in best.items()}
     assert all(r.split == "test" and r.share == 1 for r in found)

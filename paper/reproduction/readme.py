@@ -11,14 +11,29 @@ from reproduction.tables import DATASETS, LANGUAGES, METHODS, SCORES, Results, f
 
 ROOT = Path(__file__).parents[2]
 COMPARED = ("base", "sft", "dpo", "tkpo")
+# What is measured of a training step, (ratio in a benchmark's JSON, aim).
+AIMS = {
+    "time, TKPO / DPO (TRL)": ("ratios", "tkpo/dpo", 0.50),
+    "time, TKPO / DPO with precomputed reference": ("ratios", "tkpo/dpo_precomputed", 0.70),
+    "time, TKPO / SFT (TRL)": ("ratios", "tkpo/trl_sft", 1.33),
+    "time, TKPO / SFT (LLaMA-Factory)": ("ratios", "tkpo/llamafactory_sft", None),
+    "time, TKPO / SFT (ours)": ("ratios", "tkpo/sft", None),
+    "time, TKPO / TKPO whose passes share nothing": ("ratios", "tkpo/tkpo_unshared", None),
+    "time, TKPO / plain whole-sequence TKPO": ("ratios", "tkpo/tkpo_plain", 0.60),
+    "memory over the loaded model, TKPO / DPO": ("memory_ratios", "tkpo/dpo", 0.60),
+    "memory over the loaded model, TKPO / plain": ("memory_ratios", "tkpo/tkpo_plain", None),
+}
+HEAD_AIMS = {"time": 0.50, "memory": 0.25}
 OWN_TOPICS = (0, 6, 10)  # of results/own_topics.json, those whose outlines by TKPO are shown
 
 
 def write(results: Results, root: Path = ROOT) -> None:
-    """Bring README.md and paper/README.md of `root` up to the results; a section without its runs is left as it is."""
+    """Bring the pages of `root` that tell of results up to them; a section without its runs is left as it is."""
     sections = {"scores": scores(results), "outlines": outlines(results), "topics": topics(results)}
     fill(root / "README.md", sections)
     fill(root / "paper" / "README.md", {"findings": findings(results)})
+    measured = results.store.folder.parent / "benchmark"
+    fill(root / "paper" / "speed.md", {"steps": steps(measured), "head": head(measured)})
 
 
 def fill(path: Path, sections: dict[str, str | None]) -> None:
@@ -78,7 +93,7 @@ def topics(results: Results) -> str | None:
     path = results.store.folder.parent / "own_topics.json"
     if not path.exists():
         return None
-    rows = json.loads(path.read_text(encoding="utf-8"))["topics"]
+    rows = _read(path)["topics"]
     counts = []
     for method in COMPARED[1:]:
         judged = [(row["outlines"][method], row["style"]) for row in rows]
@@ -91,3 +106,44 @@ def topics(results: Results) -> str | None:
         row = rows[index]
         lines += [f"*{row['style']}*, “{row['topic']}”:", "", "```", row["outlines"]["tkpo"]["outline"], "```", ""]
     return "\n".join(lines)
+
+
+def steps(folder: Path) -> str:
+    """The ratios of every stored benchmark of training steps beside their aims; an aim that is reached is bold."""
+    found = [_read(path) for path in sorted(folder.glob("*.json"))]
+    found = [bench for bench in found if "finetuning" in bench]
+    names = [
+        f"`{bench['model']}`, {bench['finetuning']}, {bench['dtype']}"
+        + (", attribute last" if bench["attribute_last"] else "")
+        for bench in found
+    ]
+    lines = ["| | aim | " + " | ".join(names) + " |", "| --- | ---: |" + " ---: |" * len(names)]
+    for name, (kind, key, aim) in AIMS.items():
+        cells = [_reached(bench[kind].get(key), aim) for bench in found]
+        lines.append("| " + " | ".join([name, f"≤ {aim:.2f}" if aim else "", *cells]) + " |")
+    machines = dict.fromkeys(f"{b['machine']['processor']}, {b['machine']['threads']} threads" for b in found)
+    return "\n".join([*lines, "", f"Measured on {'; '.join(machines)}."]) + "\n"
+
+
+def head(folder: Path) -> str | None:
+    """The loss head's time and memory against the plain form."""
+    path = folder / "loss-head.json"
+    if not path.exists():
+        return None
+    bench = _read(path)
+    lines = ["| fused / plain | aim | head frozen | head trained |", "| --- | ---: | ---: | ---: |"]
+    for name, aim in HEAD_AIMS.items():
+        cells = [_reached(bench["ratios"][weight][name], aim) for weight in ("frozen", "trained")]
+        lines.append("| " + " | ".join([name, f"≤ {aim:.2f}", *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _reached(value: float | None, aim: float | None) -> str:
+    if value is None:
+        return "–"
+    text = f"{value:.2f}"
+    return f"**{text}**" if aim and float(text) <= aim else text
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
