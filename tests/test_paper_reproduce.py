@@ -500,7 +500,12 @@ def experiments(tmp_path_factory):
             "split": "validation",
             "variants": {"tkpo": [{"tau": 0.15}, {"tau": 0.5}]},
         },
-        "3-tuned": {"serves": ["table 2"], "methods": ["tkpo"], "tuned_by": {"grid": "2-tuning", "score": "rouge-l"}},
+        "3-tuned": {
+            "serves": ["table 2"],
+            "methods": ["tkpo"],
+            "label": "tuned",
+            "tuned_by": {"grid": "2-tuning", "score": "rouge-l"},
+        },
     }.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"title": name, **common, **values}))
     return folder

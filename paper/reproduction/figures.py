@@ -191,7 +191,7 @@ def figure2(results: Results) -> dict[str, Figure]:
         bars = {}
         for method in ("dpo", "tkpo"):
             for index, (dataset, lang) in enumerate(groups):
-                runs = cells.get((dataset, method, False), [])
+                runs = cells.get((dataset, method, ""), [])
                 seeds = samples_by_seed(results, runs, lambda s, lang=lang: s["lang"] == lang)
                 if seeds:
                     bars[index, method] = mean(mean(s[score] for s in samples) for samples in seeds)
@@ -328,7 +328,7 @@ def figure4(results: Results) -> dict[str, Figure]:
         left.set_title(f"{title}: validation cross-entropy (lower is better)", loc="left")
         right.set_title(f"{title}: test ROUGE-L at the end, English and Chinese", loc="left")
         for method in METHODS:
-            runs = [r for r in cells.get((dataset, method, False), []) if results.store.get(r) and method != "base"]
+            runs = [r for r in cells.get((dataset, method, ""), []) if results.store.get(r) and method != "base"]
             runs = [r for r in runs if machine_name(results.store.get(r)["environment"]) == machines[0]]
             if not runs:
                 continue

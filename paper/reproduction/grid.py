@@ -69,7 +69,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Grid:
-    """One file of experiments: every method (and variant of it) × data set × seed."""
+    """One file of experiments: every method (and variant of it) × data set × seed.
+
+    label: sets its runs apart from those of the same method in other grids, in a row of their own.
+    """
 
     name: str
     title: str
@@ -81,6 +84,7 @@ class Grid:
     split: str = "test"
     variants: dict[str, list[dict]] = field(default_factory=dict)
     tuned_by: dict | None = None
+    label: str = ""
 
     def runs(self, preset: Preset, seeds: list[int] | None = None) -> list[Run]:
         """Its runs, in order. `seeds` (or the preset's) takes the place of its own; zero-shot has one run."""
