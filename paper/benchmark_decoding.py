@@ -4,7 +4,8 @@
     python paper/benchmark_decoding.py --table paper/results/benchmark/decoding.json
 
 One prompt under three adapters (SFT, DPO, TKPO), greedily, the same number of tokens in every form: by tkpo.decoding
-and by transformers with PEFT, the three rows in one batch and one after another. The forms take turns, round by round.
+and by transformers with PEFT, the three rows in one batch and one after another; where the CPU multiplies in bfloat16,
+by transformers in bfloat16 too, which may write other tokens. The forms take turns, round by round.
 Beside them stand the linear layers alone, in plain float32 and as float16 numbers packed, for batches of several sizes,
 and what memory bandwidth allows: a step reads every weight once.
 """
@@ -31,6 +32,7 @@ from tkpo.data import make_record
 from tkpo.errors import TKPOError
 from tkpo.generation import OutlineGenerator, TransformersDecoder, load_with_adapters
 from tkpo.machine import read_bandwidth
+from tkpo.presets import default_dtype
 from tkpo.runs import adapter_folder
 
 METHODS = ("sft", "dpo", "tkpo")
@@ -40,6 +42,7 @@ FORMS = {
     "single": "tkpo.decoding, one after another",
     "transformers_batch": "transformers with PEFT, one batch",
     "transformers_single": "transformers with PEFT, one after another",
+    "transformers_bfloat16": "transformers with PEFT in bfloat16, one batch",
 }
 ROWS = (1, 3, 8, 24, 180)
 
@@ -109,7 +112,11 @@ def benchmark(model: str, folders: dict[str, Path], tokens: int, rounds: int, th
         key: (theirs if key.startswith("transformers") else ours, write_singly if key.endswith("single") else write)
         for key in FORMS
     }
-    runs: dict[str, list[dict]] = {key: [] for key in FORMS}
+    del forms["transformers_bfloat16"]
+    if default_dtype("cpu") == torch.bfloat16:
+        half = TransformersDecoder(load_with_adapters(model, folders, "bfloat16", "cpu"), tokenizer.pad_token_id)
+        forms["transformers_bfloat16"] = (half, write)
+    runs: dict[str, list[dict]] = {key: [] for key in forms}
     for number in range(rounds + 1):
         for key, (decoder, form) in forms.items():
             run = form(decoder, prompts, names, tokenizer.eos_token_id, tokens if number else 3)
