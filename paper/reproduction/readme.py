@@ -11,17 +11,17 @@ from reproduction.tables import DATASETS, LANGUAGES, METHODS, SCORES, Results, f
 
 ROOT = Path(__file__).parents[2]
 COMPARED = ("base", "sft", "dpo", "tkpo")
-# What is measured of a training step, (ratio in a benchmark's JSON, aim).
+# TKPO's step over another's: column → (ratio in a benchmark's JSON, aim).
 AIMS = {
-    "time, TKPO / DPO (TRL)": ("ratios", "tkpo/dpo", 0.50),
-    "time, TKPO / DPO with precomputed reference": ("ratios", "tkpo/dpo_precomputed", 0.70),
-    "time, TKPO / SFT (TRL)": ("ratios", "tkpo/trl_sft", 1.33),
-    "time, TKPO / SFT (LLaMA-Factory)": ("ratios", "tkpo/llamafactory_sft", None),
-    "time, TKPO / SFT (ours)": ("ratios", "tkpo/sft", None),
-    "time, TKPO / TKPO whose passes share nothing": ("ratios", "tkpo/tkpo_unshared", None),
-    "time, TKPO / plain whole-sequence TKPO": ("ratios", "tkpo/tkpo_plain", 0.60),
-    "memory over the loaded model, TKPO / DPO": ("memory_ratios", "tkpo/dpo", 0.60),
-    "memory over the loaded model, TKPO / plain": ("memory_ratios", "tkpo/tkpo_plain", None),
+    "DPO (TRL)": ("ratios", "tkpo/dpo", 0.50),
+    "DPO, reference precomputed": ("ratios", "tkpo/dpo_precomputed", 0.70),
+    "SFT (TRL)": ("ratios", "tkpo/trl_sft", 1.33),
+    "SFT (LLaMA-Factory)": ("ratios", "tkpo/llamafactory_sft", None),
+    "SFT (ours)": ("ratios", "tkpo/sft", None),
+    "passes share nothing": ("ratios", "tkpo/tkpo_unshared", None),
+    "plain TKPO": ("ratios", "tkpo/tkpo_plain", 0.60),
+    "memory: DPO (TRL)": ("memory_ratios", "tkpo/dpo", 0.60),
+    "memory: plain TKPO": ("memory_ratios", "tkpo/tkpo_plain", None),
 }
 HEAD_AIMS = {"time": 0.50, "memory": 0.25}
 OWN_TOPICS = (0, 6, 10)  # of results/own_topics.json, those whose outlines by TKPO are shown
@@ -109,20 +109,16 @@ def topics(results: Results) -> str | None:
 
 
 def steps(folder: Path) -> str:
-    """The ratios of every stored benchmark of training steps beside their aims; an aim that is reached is bold."""
-    found = [_read(path) for path in sorted(folder.glob("*.json"))]
-    found = [bench for bench in found if "finetuning" in bench]
-    names = [
-        f"`{bench['model']}`, {bench['finetuning']}, {bench['dtype']}"
-        + (", attribute last" if bench["attribute_last"] else "")
-        for bench in found
-    ]
-    lines = ["| | aim | " + " | ".join(names) + " |", "| --- | ---: |" + " ---: |" * len(names)]
-    for name, (kind, key, aim) in AIMS.items():
-        cells = [_reached(bench[kind].get(key), aim) for bench in found]
-        lines.append("| " + " | ".join([name, f"≤ {aim:.2f}" if aim else "", *cells]) + " |")
-    machines = dict.fromkeys(f"{b['machine']['processor']}, {b['machine']['threads']} threads" for b in found)
-    return "\n".join([*lines, "", f"Measured on {'; '.join(machines)}."]) + "\n"
+    """The ratios of every stored benchmark of training steps beneath their aims; an aim that is reached is bold."""
+    lines = ["| TKPO's step over that of | " + " | ".join(AIMS) + " |", "| --- |" + " ---: |" * len(AIMS)]
+    lines.append("| *aim* | " + " | ".join(f"≤ {aim:.2f}" if aim else "" for *_, aim in AIMS.values()) + " |")
+    for bench in (_read(path) for path in sorted(folder.glob("*.json"))):
+        if "finetuning" in bench:
+            what = f"`{bench['model']}`, {bench['finetuning']}, {bench['dtype']}, batch {bench['batch_size']}"
+            what += ", attribute last" if bench["attribute_last"] else ""
+            cells = [_reached(bench[kind].get(key), aim) for kind, key, aim in AIMS.values()]
+            lines.append("| " + " | ".join([f"{what} ({bench['machine']['processor']})", *cells]) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def head(folder: Path) -> str | None:
