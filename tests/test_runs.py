@@ -234,6 +234,26 @@ def test_tkpo_logs_its_terms_and_sft_only_cross_entropy(home, finished):
         assert "preference" not in line
 
 
+@pytest.mark.parametrize("method", ["tkpo", "dpo"])
+def test_on_a_bfloat16_base_the_adapter_is_float32_and_its_products_are_bfloat16(home, finished, monkeypatch, method):
+    dtypes, linear = set(), torch.nn.functional.linear
+
+    def spy(states, weight, bias=None):
+        out = linear(states, weight, bias)
+        if 4 in weight.shape:  # the adapter's rank
+            dtypes.add((weight.dtype, out.dtype))
+        return out
+
+    small = {"max_samples": 4, "epochs": 1}
+    run(config(home, method, f"{method}-float32", **small))
+    monkeypatch.setattr(torch.nn.functional, "linear", spy)
+    run(config(home, method, f"{method}-bfloat16", dtype="bfloat16", **small))
+    assert dtypes == {(torch.float32, torch.bfloat16)}
+    half, single = losses_of(home / f"{method}-bfloat16"), losses_of(home / f"{method}-float32")
+    assert half != single
+    assert [loss for _, loss in half] == pytest.approx([loss for _, loss in single], rel=2e-2)
+
+
 # ---- against transformers and TRL
 
 
