@@ -171,8 +171,8 @@ def _wrapped(text: str, width: int, lang: str, most: int = 16) -> list[str]:
     for line in text.strip().replace("$", r"\$").split("\n"):
         indent = " " * (len(line) - len(line.lstrip()))
         if lang == "zh":
-            parts = re.findall(f".{{1,{width}}}[，。、；：？！）》”’]*", line)  # no such mark begins a line
-            lines += parts or [""]
+            parts = re.findall(f".{{1,{width}}}[，。、；：？！）》”’]*", line) or [""]  # no such mark begins a line
+            lines += [parts[0], *(indent + "   " + part for part in parts[1:])]
         else:
             lines += textwrap.wrap(line, width, subsequent_indent=indent + "   ", drop_whitespace=True) or [""]
     return lines if len(lines) <= most else [*lines[: most - 1], "…"]
