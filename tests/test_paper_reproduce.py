@@ -23,7 +23,7 @@ from tkpo.errors import TKPOError
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "paper"))
 
-from reproduction import grid, tables  # noqa: E402
+from reproduction import grid, readme, tables  # noqa: E402
 from reproduction.store import Store  # noqa: E402
 
 PRESET = "qwen2.5-coder-0.5b"
@@ -347,6 +347,7 @@ def test_table_3_reads_the_benchmark(stored, grids):
     bench = {
         "model": PRESET,
         "finetuning": "lora",
+        "dtype": "float32",
         "batch_size": 1,
         "tokens": {"mean": 400},
         "ratios": {"tkpo/dpo": 0.43},
@@ -459,6 +460,42 @@ def test_the_projects_own_tables_are_those_of_its_results(tmp_path):
         assert path.read_bytes() == (ROOT / "paper" / "tables" / path.name).read_bytes(), (
             f"{path.name} is not what the results give: run python paper/reproduce.py --all"
         )
+
+
+PAGES = {
+    "README.md": ("scores", "topics", "outlines"),
+    "paper/README.md": ("findings",),
+    "paper/speed.md": ("steps", "head"),
+}
+
+
+def test_the_projects_own_pages_say_what_its_results_say(grids, preset, tmp_path):
+    (tmp_path / "paper").mkdir()
+    for name, sections in PAGES.items():
+        text = (ROOT / name).read_text()
+        for section in sections:
+            text = re.sub(rf"(<!-- {section} -->\n).*?(<!-- /{section} -->)", r"\1old\n\2", text, flags=re.DOTALL)
+        assert text.count("old\n<!--") == len(sections)
+        (tmp_path / name).write_text(text)
+    readme.write(tables.Results(Store(ROOT / "paper" / "results", preset), grids), tmp_path)
+    for name in PAGES:
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text(), (
+            f"{name} is not what the results give: run python paper/reproduce.py --all"
+        )
+
+
+def test_ratios_stand_beneath_their_aims(tmp_path):
+    bench = {"model": "m", "finetuning": "lora", "dtype": "float32", "batch_size": 2, "attribute_last": True}
+    bench |= {"machine": {"processor": "CPU"}, "memory_ratios": {"tkpo/dpo": 0.604}}
+    bench["ratios"] = {"tkpo/dpo": 0.504, "tkpo/dpo_precomputed": 0.712, "tkpo/trl_sft": None}
+    (tmp_path / "one.json").write_text(json.dumps(bench))
+    (tmp_path / "ideas.json").write_text("{}")
+    head, _, aims, row = readme.steps(tmp_path).splitlines()
+    found = dict(zip(head.split(" | "), zip(aims.split(" | "), row.split(" | "), strict=True), strict=True))
+    assert row.startswith("| `m`, lora, float32, batch 2, attribute last (CPU) |")
+    assert found["DPO (TRL)"] == ("≤ 0.50", "**0.50**") and found["DPO, reference precomputed"] == ("≤ 0.70", "0.71")
+    assert found["SFT (TRL)"] == ("≤ 1.33", "–") and found["memory: DPO (TRL)"] == ("≤ 0.60", "**0.60**")
+    assert readme.head(tmp_path) is None
 
 
 @pytest.mark.parametrize(

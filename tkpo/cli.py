@@ -198,13 +198,15 @@ def _add_train(commands) -> None:
 
 
 def _train(args) -> None:
-    from tkpo.distributed import leave
     from tkpo.run_config import RunConfig
-    from tkpo.runs import run
 
     names = [f.name for f in dataclasses.fields(RunConfig)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    config = RunConfig.load(args.config, **given)
+    config = RunConfig.load(args.config, **given)  # a wrong one is said before the libraries are imported
+
+    from tkpo.distributed import leave
+    from tkpo.runs import run
+
     metrics = run(config, resume=not args.restart)
     print(f"{config.output}: {json.dumps(metrics)}")
     leave()
