@@ -3,7 +3,7 @@
 In an empty folder in place of the image's file system, with a new virtual environment in place of its Python, and only
 the environment variables that the Dockerfile sets (and pip's own). COPY follows .dockerignore, RUN runs, and at the end
 CMD is started and HEALTHCHECK's command asked until it agrees. What this cannot check: the base image itself, `useradd`
-and `USER` (as root the steps run as user 1000 all the same), and the layers' cache.
+and `USER` (as root the steps run as user 1000 all the same, if that user can reach this Python), and the layers' cache.
 """
 
 from __future__ import annotations
@@ -76,11 +76,21 @@ def copy(sources: list[str], target: Path) -> None:
             place.chmod(0o644)
 
 
+def _starts(python: Path, user: dict) -> bool:
+    try:
+        return subprocess.run([python, "-c", ""], **user).returncode == 0
+    except PermissionError:
+        return False
+
+
 def main() -> int:
     image = Path(tempfile.mkdtemp(prefix="image-"))
     image.chmod(0o755)
-    drop = {"user": 1000, "group": 1000, "extra_groups": []} if os.geteuid() == 0 else {}
     subprocess.run([sys.executable, "-m", "venv", image / "python"], check=True)
+    drop = {"user": 1000, "group": 1000, "extra_groups": []} if os.geteuid() == 0 else {}
+    if drop and not _starts(image / "python" / "bin" / "python", drop):
+        print(f"as root: user 1000 cannot reach {Path(sys.executable).resolve()}", flush=True)
+        drop = {}
     environment = {name: os.environ[name] for name in KEPT if name in os.environ}
     environment |= {"PATH": f"{image / 'python' / 'bin'}:/usr/bin:/bin", "LANG": "C.UTF-8"}
     folder, health, process = image, "", None
