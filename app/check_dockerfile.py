@@ -21,7 +21,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CONFIG_FILE", "SSL_CERT_FILE", "HTTPS_PROXY", "https_proxy")
+KEPT = (
+    "PIP_INDEX_URL",
+    "PIP_EXTRA_INDEX_URL",
+    "PIP_CONFIG_FILE",
+    "PIP_RETRIES",
+    "SSL_CERT_FILE",
+    "HTTPS_PROXY",
+    "https_proxy",
+)
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
