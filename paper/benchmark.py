@@ -688,6 +688,14 @@ def table(result: dict) -> str:
     return "\n".join([title, "", *head, *rows])
 
 
+def save(result: dict, folder: Path, shown: str) -> None:
+    """Write the result to `folder`, by its name, and print what is shown of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result['name']}.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{shown}\n\n{path}")
+
+
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     defaults = Setup()
@@ -726,10 +734,7 @@ def main(argv: list[str] | None = None) -> int:
     except (TKPOError, Unavailable) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"{result['name']}.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"{table(result)}\n\n{path}")
+    save(result, args.output, table(result))
     return 0
 
 

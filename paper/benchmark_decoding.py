@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benchmark import FOLDER, Setup, machine, versions
+from benchmark import FOLDER, Setup, machine, save, versions
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
@@ -204,10 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     except TKPOError as error:
         print(f"benchmark_decoding: {error}", file=sys.stderr)
         return 2
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"{result['name']}.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"{table(result)}\n\n{path}")
+    save(result, args.output, table(result))
     return 0
 
 

@@ -11,7 +11,6 @@ draws: reject tokens of 128 positions by each way of drawing, beside the product
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benchmark import FOLDER, Setup, count_tokens, fresh_model, lora_config, machine, training_records, versions
+from benchmark import FOLDER, Setup, count_tokens, fresh_model, lora_config, machine, save, training_records, versions
 from peft import get_peft_model
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -96,7 +95,7 @@ def padding(lengths: list[int], seed: int) -> list[dict]:
 
 @torch.no_grad()
 def draws(head: torch.Tensor, rounds: int) -> dict:
-    """head: the output head's weight (V, H). Logits are made anew for each form, outside of its time."""
+    """head: the output head's weight (V, H). All forms draw from the same logits."""
     labels = torch.randint(len(head), (1, POSITIONS), generator=torch.Generator().manual_seed(0))
     states = torch.randn(POSITIONS, head.shape[1], generator=torch.Generator().manual_seed(1))
     logits = (states @ head.float().T).unsqueeze(0)
@@ -143,10 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     get_peft_model(model, lora_config(setup))  # puts LoRA into the backbone, in place
     result["compile"] = compiled(model.model, rows, args.rounds)
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "ideas.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{report(result)}\n\n{path}")
+    save(result, args.output, report(result))
     return 0
 
 

@@ -1,6 +1,6 @@
 """Regenerate the paper's tables and figures from stored results, and make the runs that they lack.
 
-python paper/reproduce.py --all                    every table, figure and README section, no training
+python paper/reproduce.py --all                    every table and figure, and the pages that tell of them
 python paper/reproduce.py --table 2 --format md    one table, printed and written
 python paper/reproduce.py --list                   what there is, and which runs each still lacks
 python paper/reproduce.py --run --table 2          make those runs first; a run that was cut off goes on

@@ -10,26 +10,15 @@ from pathlib import Path
 from socket import socket
 
 import httpx
-import torch
-from peft import LoraConfig, get_peft_model
-
-from tkpo.presets import load_model
+from random_adapters import random_adapter
 
 ROOT = Path(__file__).parent.parent
 METHODS = ("sft", "dpo", "tkpo")
 
 
 def random_adapters(root: Path) -> list[str]:
-    """--adapters for three LoRA adapters, far enough from zero to write different things."""
-    for seed, method in enumerate(METHODS):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(load_model("tiny", "float32", "cpu"), config)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(root / method)
-    return [f"{method}={root / method}" for method in METHODS]
+    """--adapters for three LoRA adapters that write different things."""
+    return [f"{method}={random_adapter(root / method, seed)}" for seed, method in enumerate(METHODS)]
 
 
 def free_port() -> int:

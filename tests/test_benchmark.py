@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_adapters import random_adapter
 
 from tkpo.loss import tkpo_loss
 from tkpo.presets import default_dtype
@@ -131,21 +132,7 @@ def test_flags_that_make_no_sense(capsys):
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
     """Two random adapters of the tiny model that write different text."""
-    from peft import LoraConfig, get_peft_model
-
-    from tkpo.presets import load_model
-
-    folders = {}
-    for seed, name in enumerate(("one", "two")):
-        torch.manual_seed(seed)
-        config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(load_model("tiny", "float32", "cpu"), config)
-        for parameter_name, parameter in model.named_parameters():
-            if "lora_" in parameter_name:
-                torch.nn.init.normal_(parameter, std=0.3)
-        folders[name] = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folders[name])
-    return folders
+    return {name: random_adapter(tmp_path_factory.mktemp(name), seed) for seed, name in enumerate(("one", "two"))}
 
 
 def test_decoding_forms_write_the_same_tokens(adapters, tmp_path, capsys):

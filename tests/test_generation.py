@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from random_adapters import random_adapter
 
 from tkpo import generation
 from tkpo.attributes import get_axis
@@ -18,18 +18,6 @@ from tkpo.loop_guard import RUN, LoopGuard
 from tkpo.presets import load_model, load_tokenizer
 
 AXIS = get_axis("language_style")
-
-
-def random_adapter(folder, seed):
-    """A LoRA adapter whose weights are far enough from zero to change what is written."""
-    torch.manual_seed(seed)
-    config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(load_model("tiny", "float32", "cpu"), config)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
