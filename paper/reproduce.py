@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--preset", default=PRESET, help=f"entry of experiments/presets.yaml; default {PRESET}")
     how.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the experiments' own")
     how.add_argument("--device", help="cpu or cuda, for --run; default: what there is")
+    how.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="with --run: so many runs at a time; Table 3 leaves them out"
+    )
     how.add_argument("--format", choices=("terminal", *tables.FORMATS), default="terminal", help="of what is printed")
     how.add_argument(
         "--results", metavar="DIR", type=Path, help="folder for results, with tables, figures and training runs beside"
@@ -85,8 +88,10 @@ def _reproduce(args) -> None:
         raise TKPOError("nothing chosen: give --table N, --figure N, --all or --list (see --help)")
     if args.only and not args.run:
         raise TKPOError("--only names runs to make: give --run with it")
+    if args.jobs < 1:
+        raise TKPOError(f"--jobs must be at least 1, not {args.jobs}")
     if args.run:
-        _run(results, chosen, args.only, work / preset.name, args.device)
+        _run(results, chosen, args.only, work / preset.name, args.device, args.jobs)
     for what in chosen:
         kind, number = what.split()
         if kind == "table":
@@ -127,7 +132,9 @@ def _wanted(results: Results, chosen: list[str]) -> list[Run]:
     return [run for name in results.grids for run in found.get(name, [])]
 
 
-def _run(results: Results, chosen: list[str], only: list[str] | None, work: Path, device: str | None) -> None:
+def _run(
+    results: Results, chosen: list[str], only: list[str] | None, work: Path, device: str | None, jobs: int
+) -> None:
     from reproduction.runner import do_runs
 
     if only:
@@ -135,13 +142,13 @@ def _run(results: Results, chosen: list[str], only: list[str] | None, work: Path
         unknown = [name for name in only if name not in known]
         if unknown:
             raise TKPOError(f"no run {unknown[0]!r}; --list names them")
-        do_runs(results.store, [known[name] for name in only], work, device)
+        do_runs(results.store, [known[name] for name in only], work, device, jobs)
         return
     runs = _wanted(results, chosen)
-    do_runs(results.store, runs, work, device)
+    do_runs(results.store, runs, work, device, jobs)
     tuned = [run for run in _wanted(results, chosen) if run not in runs]
     if tuned:  # known only now
-        do_runs(results.store, tuned, work, device)
+        do_runs(results.store, tuned, work, device, jobs)
 
 
 def _list(results: Results, chosen: list[str]) -> None:

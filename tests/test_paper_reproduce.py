@@ -293,15 +293,15 @@ def test_an_english_preset_has_no_chinese_rows(grids, tmp_path):
 
 
 def test_the_sft_run_comes_before_the_run_that_continues_it(preset, tmp_path):
-    from reproduction.runner import _with_sft
+    from reproduction.runner import _Step, _with_sft
 
     store = Store(tmp_path, preset)
     sft, dpo = (grid.Run("language_style", method, 5) for method in ("sft", "dpo"))
-    assert _with_sft(store, dpo, tmp_path, [dpo, sft]) == [(sft, False), (dpo, False)]
-    assert _with_sft(store, dpo, tmp_path, [dpo]) == [(sft, True), (dpo, False)]
+    assert _with_sft(store, dpo, tmp_path, [dpo, sft]) == [_Step(sft), _Step(dpo)]
+    assert _with_sft(store, dpo, tmp_path, [dpo]) == [_Step(sft, alone=True), _Step(dpo)]
     (tmp_path / sft.name).mkdir(parents=True)
     (tmp_path / sft.name / "metrics.json").write_text("{}")
-    assert _with_sft(store, dpo, tmp_path, [dpo]) == [(dpo, False)]
+    assert _with_sft(store, dpo, tmp_path, [dpo]) == [_Step(dpo)]
 
 
 def test_costs_of_two_machines_are_never_put_together(stored, grids, preset):

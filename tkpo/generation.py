@@ -239,7 +239,8 @@ class _Pick:
     def __call__(self, logits: Tensor, rows: list[int]) -> list[int]:
         """logits: (n, V), of these rows of the batch; they are changed."""
         for logit, row in zip(logits, rows, strict=True):
-            logit[list(self._guard.banned(self._ids[row]))] = -torch.inf
+            if banned := self._guard.banned(self._ids[row]):
+                logit[list(banned)] = -torch.inf
         if self._warp:
             for warp in self._warp:
                 logits = warp(None, logits)

@@ -33,6 +33,7 @@ from reproduction.tables import (
     pipeline_seconds,
     samples_by_seed,
     stage_seconds,
+    timed,
 )
 from tkpo.attributes import get_axis
 from tkpo.data import load_records
@@ -328,7 +329,7 @@ def figure4(results: Results) -> dict[str, Figure]:
         left.set_title(f"{title}: validation cross-entropy (lower is better)", loc="left")
         right.set_title(f"{title}: test ROUGE-L at the end, English and Chinese", loc="left")
         for method in METHODS:
-            runs = [r for r in cells.get((dataset, method, ""), []) if results.store.get(r) and method != "base"]
+            runs = [r for r in cells.get((dataset, method, ""), []) if timed(results.store.get(r))]
             runs = [r for r in runs if machine_name(results.store.get(r)["environment"]) == machines[0]]
             if not runs:
                 continue
@@ -377,9 +378,8 @@ def figure4(results: Results) -> dict[str, Figure]:
 
 
 def _records(results: Results, cells: dict) -> list[dict]:
-    return [
-        results.store.get(r) for runs in cells.values() for r in runs if r.method != "base" and results.store.get(r)
-    ]
+    """The timed ones."""
+    return [results.store.get(r) for runs in cells.values() for r in runs if timed(results.store.get(r))]
 
 
 def validation_curve(results: Results, run: Run) -> list[tuple[float, float]]:

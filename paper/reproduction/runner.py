@@ -1,4 +1,4 @@
-"""Do the runs that are missing, one at a time, each in a process of its own; survives being killed."""
+"""Do the runs that are missing, each in a process of its own; survives being killed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
 import threading
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,50 +20,87 @@ from reproduction.grid import Run, evaluation, run_config, sample_count
 from reproduction.store import PAPER, Store, make_record
 from tkpo.data import load_records
 from tkpo.errors import TKPOError
-from tkpo.run_config import RunConfig
+from tkpo.run_config import PAIRWISE, RunConfig
 
 COST = {"base": 0, "sft": 3, "tkpo": 4, "dpo": 8, "simpo": 6, "orpo": 6}  # forward passes a sample
 DECODING = 0.02  # what one written token costs in the same unit, roughly; for the time left only
-BATCH = 24  # outlines decoded together
+BATCH = {"cpu": 24, "cuda": 256}  # outlines decoded together
 DONE = "recorded"  # file in a run's folder: its record has been written, so a missing record means train again
 
 
-def do_runs(store: Store, runs: list[Run], work: Path, device: str | None = None) -> None:
+@dataclass(frozen=True)
+class _Step:
+    """A run to do; `alone`: only its adapter is wanted."""
+
+    run: Run
+    alone: bool = False
+
+    def __str__(self) -> str:
+        return self.run.name + (" (for its adapter)" if self.alone else "")
+
+
+def do_runs(store: Store, runs: list[Run], work: Path, device: str | None = None, jobs: int = 1) -> None:
     """Do those of `runs` that have no record yet, in order, and store each as soon as it is done.
 
     work: where each run has its folder. A run that was cut off goes on from its last checkpoint; the adapter that
-    DPO and SimPO continue is trained first where it is not at hand. TKPOError names the log of a run that failed.
+    DPO and SimPO continue is trained first where it is not at hand. jobs: so many at a time; their records say so,
+    since their seconds are not those of a run alone. A run that fails does not keep the others from being done;
+    TKPOError at the end names its log.
     """
     missing = [run for run in dict.fromkeys(runs) if not store.get(run)]
-    steps = [step for run in missing for step in _with_sft(store, run, work, missing)]
-    steps = list(dict.fromkeys(steps))
-    if not steps:
+    waiting = list(dict.fromkeys(step for run in missing for step in _with_sft(store, run, work, missing)))
+    if not waiting:
         print("nothing to run: every result is stored", file=sys.stderr)
         return
-    costs = [_cost(store, *step) for step in steps]
+    count, costs = len(waiting), {step: _cost(store, step) for step in waiting}
+    running: dict[_Step, _Process] = {}
+    finished, failed = [], {}
     with tqdm(
-        total=sum(costs), bar_format="{percentage:3.0f} %|{bar}| {elapsed} so far, {remaining} left {desc}"
+        total=sum(costs.values()), bar_format="{percentage:3.0f} %|{bar}| {elapsed} so far, {remaining} left {desc}"
     ) as bar:
-        for number, ((run, alone), cost) in enumerate(zip(steps, costs, strict=True), 1):
-            bar.set_description_str(f"[{number}/{len(steps)}] {run.name}")
-            start = bar.n
-            _do(store, run, work, device, alone, lambda share, at=start, all=cost: _advance(bar, at + share * all))
-            _advance(bar, start + cost)
-            bar.write(f"[{number}/{len(steps)}] {run.name}{' (for its adapter)' if alone else ''}", file=sys.stderr)
+        try:
+            while waiting or running:
+                for step in _ready(waiting, running)[: jobs - len(running)]:
+                    waiting.remove(step)
+                    if step.run.sft in [other.run for other in failed]:
+                        failed[step] = None
+                        continue
+                    running[step] = _Process(store, step, work, device, jobs)
+                multiprocessing.connection.wait([process.sentinel for process in running.values()], timeout=1)
+                for step in [step for step, process in running.items() if not process.alive]:
+                    process = running.pop(step)
+                    try:
+                        process.finish(store)
+                        finished.append(step)
+                        bar.write(f"[{len(finished)}/{count}] {step}", file=sys.stderr)
+                    except TKPOError as error:
+                        failed[step] = error
+                        bar.write(f"failed: {step}", file=sys.stderr)
+                done = sum(costs[step] for step in finished)
+                done += sum(0.95 * process.share * costs[step] for step, process in running.items())
+                bar.set_description_str(f"[{len(finished)}/{count}] {', '.join(map(str, list(running)[:2]))}")
+                bar.update(max(0.0, done - bar.n))
+        finally:
+            for process in running.values():
+                process.stop()
+    if errors := [str(error) for error in failed.values() if error]:
+        raise TKPOError("\n".join(errors))
 
 
-def _advance(bar: tqdm, to: float) -> None:
-    bar.update(max(0.0, to - bar.n))
+def _ready(waiting: list[_Step], running: dict[_Step, object]) -> list[_Step]:
+    """Those that wait for no SFT run, in order."""
+    unfinished = {step.run for step in (*waiting, *running)}
+    return [step for step in waiting if step.run.sft not in unfinished]
 
 
-def _with_sft(store: Store, run: Run, work: Path, missing: list[Run]) -> list[tuple[Run, bool]]:
-    """(run, whether only its adapter is wanted) for a run and, before it, for the SFT run it needs."""
+def _with_sft(store: Store, run: Run, work: Path, missing: list[Run]) -> list[_Step]:
+    """The step of a run and, before it, that of the SFT run it needs."""
     needs = run.sft
     if needs in missing:
-        return [(needs, False), (run, False)]
+        return [_Step(needs), _Step(run)]
     if needs is None or _adapter(store, needs, work):
-        return [(run, False)]
-    return [(needs, True), (run, False)]
+        return [_Step(run)]
+    return [_Step(needs, alone=True), _Step(run)]
 
 
 def _adapter(store: Store, sft: Run, work: Path) -> Path | None:
@@ -77,7 +115,8 @@ def _adapter(store: Store, sft: Run, work: Path) -> Path | None:
     return None
 
 
-def _cost(store: Store, run: Run, alone: bool) -> float:
+def _cost(store: Store, step: _Step) -> float:
+    run = step.run
     epochs = getattr(run_config(run, store.preset), "epochs", 0)
     lang = store.preset.train.get("lang")
     samples = sample_count(run, store.preset) or len(load_records(run.dataset, "train", lang))
@@ -86,58 +125,87 @@ def _cost(store: Store, run: Run, alone: bool) -> float:
     for record in load_records(run.dataset, run.split, lang):
         counts[record["lang"]] += 1
     outlines = sum(min(count, wanted["limit"] or count) for count in counts.values())
-    return COST[run.method] * samples * epochs + (not alone) * outlines * wanted["max_new_tokens"] * DECODING
+    return COST[run.method] * samples * epochs + (not step.alone) * outlines * wanted["max_new_tokens"] * DECODING
 
 
-def _do(store: Store, run: Run, work: Path, device: str | None, alone: bool, tell) -> None:
-    folder = work / run.name
-    folder.mkdir(parents=True, exist_ok=True)
-    how = {"output": str(folder), "device": device}
-    if run.sft and store.preset.train.get("finetuning") == "full":
+class _Process:
+    """A step in a process of its own."""
+
+    def __init__(self, store: Store, step: _Step, work: Path, device: str | None, jobs: int):
+        run = step.run
+        self.step, self.jobs = step, jobs
+        self.folder = work / run.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.config = run_config(run, store.preset, **_how(store, run, work, device))
+        task = {
+            "config": asdict(self.config) if self.config else None,
+            "restart": (self.folder / DONE).exists() and not step.alone,
+            "evaluation": None if step.alone else evaluation(run, store.preset),
+            # Predictions are written in the same precision everywhere, so that a GPU's compare with a CPU's.
+            "dtype": store.preset.train.get("dtype", "float32"),
+            "device": device,
+            "folder": str(self.folder),
+        }
+        context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+        if hasattr(os, "fork"):
+            context.set_forkserver_preload(["tkpo.runs", "tkpo.evaluation"])  # imported once, not in every run
+        self._process = context.Process(target=_work, args=(task,))
+        self._process.start()
+        self.sentinel = self._process.sentinel
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    @property
+    def share(self) -> float:
+        """Of the training that is done, from the run's log."""
+        if self.config is None:
+            return 0.0
+        with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
+            last = json.loads((self.folder / "log.jsonl").read_text(encoding="utf-8").strip().splitlines()[-1])
+            return min(1.0, last["epoch"] / self.config.epochs)
+        return 0.0
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.join()
+
+    def finish(self, store: Store) -> None:
+        """Store the record of a run that has ended; TKPOError if it failed."""
+        self._process.join()
+        run, status = self.step.run, self._process.exitcode
+        if status:
+            log = _log(self.folder)
+            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or ["no output"]
+            raise TKPOError(f"run {run.name} failed (exit status {status}): {last[0]}\nIts output: {log}")
+        if not self.step.alone:
+            predicted = json.loads((self.folder / "predicted.json").read_text(encoding="utf-8"))
+            record = make_record(self.folder if self.config else None, predicted, run)
+            if self.jobs > 1:
+                record["jobs"] = self.jobs
+            store.add(run, record)
+            (self.folder / DONE).touch()
+
+
+def _how(store: Store, run: Run, work: Path, device: str | None) -> dict:
+    """The fields of a configuration that say how a run is done."""
+    how = {"output": str(work / run.name), "device": device}
+    full = store.preset.train.get("finetuning") == "full"
+    if run.sft and full:
         how["model"] = str(work / run.sft.name / "model")
     elif run.sft:
         how["sft_adapter"] = str(_adapter(store, run.sft, work))
-    config = run_config(run, store.preset, **how)
-    again = (folder / DONE).exists() and not alone
-    task = {
-        "config": asdict(config) if config else None,
-        "restart": again,
-        "evaluation": None if alone else evaluation(run, store.preset),
-        "dtype": store.preset.train.get("dtype", "auto"),
-        "device": device,
-        "folder": str(folder),
-    }
-    context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-    if hasattr(os, "fork"):
-        context.set_forkserver_preload(["tkpo.runs", "tkpo.evaluation"])  # imported once, not in every run
-    process = context.Process(target=_work, args=(task,))
-    process.start()
-    try:
-        while process.is_alive():
-            process.join(1)
-            tell(0.95 * _done(folder, config))
-    except BaseException:
-        process.terminate()
-        process.join()
-        raise
-    if process.exitcode:
-        log = _log(folder)
-        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or ["no output"]
-        raise TKPOError(f"run {run.name} failed (exit status {process.exitcode}): {last[0]}\nIts output: {log}")
-    if not alone:
-        predicted = json.loads((folder / "predicted.json").read_text(encoding="utf-8"))
-        store.add(run, make_record(folder if config else None, predicted, run))
-        (folder / DONE).touch()
+    batch = store.preset.train.get("batch_size")
+    if batch and not full and _device(device) == "cuda" and "micro_batch_size" not in store.preset.train:
+        how["micro_batch_size"] = max(1, batch // 2) if run.method in PAIRWISE else batch  # a pair is two sequences
+    return how
 
 
-def _done(folder: Path, config: RunConfig | None) -> float:
-    """Share of the training that is done, from the run's log."""
-    if config is None:
-        return 0.0
-    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
-        last = json.loads((folder / "log.jsonl").read_text(encoding="utf-8").strip().splitlines()[-1])
-        return min(1.0, last["epoch"] / config.epochs)
-    return 0.0
+def _device(device: str | None) -> str:
+    import torch
+
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
 
 
 def _log(folder: Path) -> Path:
@@ -190,7 +258,8 @@ def _predict(task: dict, folder: Path) -> None:
     part = folder / "predictions.jsonl"
     if task["restart"]:
         part.unlink(missing_ok=True)
-    texts = predict(generator, records, next(iter(adapters), "base"), BATCH, wanted["max_new_tokens"], part)
+    batch = BATCH.get(_device(task["device"]), BATCH["cpu"])
+    texts = predict(generator, records, next(iter(adapters), "base"), batch, wanted["max_new_tokens"], part)
     rows = [
         {key: record[key] for key in ("id", "lang", "attribute", "form")}
         | {"reference": record["output"], "prediction": t}

@@ -326,7 +326,8 @@ def table3(results: Results) -> Table:
         "Counted: forward passes with a backward pass as two; TKPO 4, SFT 3, DPO 8, DPO with precomputed reference 6. "
         "Published: 56.25 % of DPO's training time.",
         "Whole runs are wall clock on a machine that did other work beside them: only the first part compares "
-        "methods; the pipeline of DPO and SimPO has the SFT run they continue in it.",
+        "methods; the pipeline of DPO and SimPO has the SFT run they continue in it. Runs that were made several at a "
+        "time (`--jobs`) are not here.",
     ]
     if not any(b.caption.startswith("One run") for b in blocks):
         notes.append("No benchmark is stored: `python paper/benchmark.py` measures it.")
@@ -351,6 +352,11 @@ def machine_name(environment: dict) -> str:
     return ", ".join(environment.get("gpus") or [f"{environment['cpu']} ({environment['cores']} cores)"])
 
 
+def timed(record: dict | None) -> bool:
+    """Whether the seconds of a stored run tell something: it was trained, with no other run beside it."""
+    return bool(record and record["config"] and record.get("jobs", 1) == 1)
+
+
 def stage_seconds(record: dict) -> float:
     """Seconds of the whole training, also where the run was cut off and resumed, without those of validation."""
     validation = sum(line.get("eval_runtime", 0.0) for line in record["log"])
@@ -358,12 +364,12 @@ def stage_seconds(record: dict) -> float:
 
 
 def pipeline_seconds(results: Results, run: Run) -> float | None:
-    """Seconds to train the run and the SFT run it continues; None if that one is not stored, or on another machine."""
+    """Seconds to train the run and the SFT run it continues; None if that one is not timed, or on another machine."""
     record = results.store.get(run)
     if not run.sft:
         return stage_seconds(record)
     before = results.store.get(run.sft)
-    if not before or machine_name(before["environment"]) != machine_name(record["environment"]):
+    if not timed(before) or machine_name(before["environment"]) != machine_name(record["environment"]):
         return None
     return stage_seconds(before) + stage_seconds(record)
 
@@ -371,7 +377,7 @@ def pipeline_seconds(results: Results, run: Run) -> float | None:
 def _training_costs(results: Results) -> dict[str, list[list[str]]]:
     machines: dict[str, list[list[str]]] = {}
     cells = results.cells("table 3")
-    stored = [run for runs in cells.values() for run in runs if run.method != "base" and results.store.get(run)]
+    stored = [run for runs in cells.values() for run in runs if timed(results.store.get(run))]
     for machine in sorted({machine_name(results.store.get(run)["environment"]) for run in stored}):
         for (dataset, method, _), runs in sorted(cells.items(), key=lambda c: (c[0][0], list(METHODS).index(c[0][1]))):
             here = [r for r in runs if r in stored and machine_name(results.store.get(r)["environment"]) == machine]
