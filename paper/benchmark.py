@@ -66,6 +66,7 @@ class Setup:
     def name(self) -> str:
         extra = ("-bfloat16" if self.dtype == "bfloat16" else "") + ("-attribute-last" if self.attribute_last else "")
         extra += f"-batch{self.batch_size}" if self.batch_size > 1 else ""
+        extra += "" if self.device == "cpu" else f"-{self.device}"
         return f"{Path(self.model).name}-{self.finetuning}{extra}"
 
 
