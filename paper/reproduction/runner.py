@@ -24,7 +24,7 @@ from tkpo.run_config import PAIRWISE, RunConfig
 
 COST = {"base": 0, "sft": 3, "tkpo": 4, "dpo": 8, "simpo": 6, "orpo": 6}  # forward passes a sample
 DECODING = 0.02  # what one written token costs in the same unit, roughly; for the time left only
-BATCH = {"cpu": 24, "cuda": 256}  # outlines decoded together
+BATCH = {"cpu": 24, "cuda": 128}  # outlines decoded together
 DONE = "recorded"  # file in a run's folder: its record has been written, so a missing record means train again
 
 
