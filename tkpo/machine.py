@@ -44,3 +44,12 @@ def _best(function, times: int) -> float:
         function()
         seconds.append(time.perf_counter() - began)
     return min(seconds)
+
+
+def avoid_cudnn_attention() -> None:
+    """Keep torch from choosing cuDNN's attention in this process.
+
+    Its gradients are NaN for a padded batch whose length is a multiple of 64 (seen with torch 2.11, CUDA 13.0 and an
+    H100); the other kernels of scaled_dot_product_attention are not affected.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)

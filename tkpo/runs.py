@@ -34,7 +34,7 @@ from tkpo.data import annotate, load_records, record_key, user_message
 from tkpo.distributed import check_launch, deepspeed_file, join, parameter_count, precision, whole_state
 from tkpo.errors import TKPOError
 from tkpo.loss import IGNORE_INDEX
-from tkpo.machine import processor
+from tkpo.machine import avoid_cudnn_attention, processor
 from tkpo.presets import DTYPES, base_model_hash, default_dtype, load_model, load_tokenizer, resolve_model
 from tkpo.run_config import PAIRWISE, RunConfig
 from tkpo.training import TKPOConfig, TKPOTrainer, encode_dataset
@@ -72,6 +72,7 @@ def run(config: RunConfig, resume: bool = True) -> dict:
             _write_json(out / "config.json", asdict(config))
             _write_json(out / "environment.json", environment())
 
+    avoid_cudnn_attention()
     set_seed(config.seed)
     model, tokenizer = load_model(config.model, _dtype(config, device), device), load_tokenizer(config.model)
     base_hash = base_model_hash(resolve_model(config.model))

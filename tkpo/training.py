@@ -15,6 +15,7 @@ from tkpo.data import user_message
 from tkpo.errors import TKPOError
 from tkpo.flip import PromptFlipper, pad_rows
 from tkpo.loss import CHUNK_SIZE, IGNORE_INDEX
+from tkpo.machine import avoid_cudnn_attention
 from tkpo.modeling_qwen2 import NO_FLIP, TKPOQwen2ForCausalLM, TKPOSettings
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ class TKPOTrainer(Trainer):
             from tkpo.presets import load_model
 
             model = load_model(model)
+        avoid_cudnn_attention()
         settings = args.settings(processing_class)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         TKPOQwen2ForCausalLM.adopt(base, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -24,7 +25,7 @@ from tkpo.run_config import PAIRWISE, RunConfig
 
 COST = {"base": 0, "sft": 3, "tkpo": 4, "dpo": 8, "simpo": 6, "orpo": 6}  # forward passes a sample
 DECODING = 0.02  # what one written token costs in the same unit, roughly; for the time left only
-BATCH = {"cpu": 24, "cuda": 128}  # outlines decoded together
+BATCH = {"cpu": 24, "cuda": 64}  # outlines decoded together
 DONE = "recorded"  # file in a run's folder: its record has been written, so a missing record means train again
 
 
@@ -146,9 +147,11 @@ class _Process:
             "device": device,
             "folder": str(self.folder),
         }
-        context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-        if hasattr(os, "fork"):
-            context.set_forkserver_preload(["tkpo.runs", "tkpo.evaluation"])  # imported once, not in every run
+        # What a run needs is imported once, not in every run; but no fork of a process may use a GPU.
+        forks = hasattr(os, "fork") and _device(device) == "cpu"
+        context = multiprocessing.get_context("forkserver" if forks else "spawn")
+        if forks:
+            context.set_forkserver_preload(["tkpo.runs", "tkpo.evaluation"])
         self._process = context.Process(target=_work, args=(task,))
         self._process.start()
         self.sentinel = self._process.sentinel
@@ -226,6 +229,7 @@ def _work(task: dict) -> None:
 
                 run(RunConfig(**task["config"]), resume=not task["restart"])
                 (folder / DONE).unlink(missing_ok=True)
+                _free_memory()
             if task["evaluation"]:
                 _predict(task, folder)
         except TKPOError as error:
@@ -235,6 +239,14 @@ def _work(task: dict) -> None:
             traceback.print_exc()
             print(f"{type(error).__name__}: {error}")
             sys.exit(1)
+
+
+def _free_memory() -> None:
+    """Give the GPU memory of the training back to the other runs."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _end_with_parent() -> None:
