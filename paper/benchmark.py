@@ -4,10 +4,9 @@
     python paper/benchmark.py --loss-head
     python paper/benchmark.py --table paper/results/benchmark/*.json
 
-Every method runs in a process of its own, by its own trainer and with the same settings. A rival and TKPO (or, with
---together, all rivals and TKPO) take turns, step by step on the same samples, so that what else the machine does meets
-all; ratios are medians over these pairs. A step is everything between two batches: forward, backward, clipping,
-optimizer.
+Every method runs in a process of its own, by its own trainer and with the same settings. A rival and TKPO are started
+together and take turns, step by step on the same sample, so that what else the machine does meets both; ratios are
+medians over these pairs. A step is everything between two batches: forward, backward, clipping, optimizer.
 """
 
 from __future__ import annotations
@@ -347,7 +346,7 @@ def _train_trl_sft_chunked(setup: Setup, turns) -> None:
     _train_trl_sft(setup, turns, loss_type="chunked_nll")
 
 
-def _train_dpo(setup: Setup, turns, precomputed: bool = False) -> None:
+def _train_pairwise(setup: Setup, turns, method: str, **own) -> None:
     """From the base: a fresh adapter, whose reference is the base itself, is DPO's cheapest form."""
     import dataclasses
 
@@ -355,63 +354,37 @@ def _train_dpo(setup: Setup, turns, precomputed: bool = False) -> None:
 
     from tkpo.runs import import_trl
 
-    Config, Trainer = import_trl("dpo")
+    Config, Trainer = import_trl(method)
     model, tokenizer = fresh_model(setup)
     names = ("chosen", "rejected")
     rows = [{"prompt": _prompt(r, tokenizer), **{n: r[n] for n in names}} for r in training_records(setup, pairs=True)]
     with tempfile.TemporaryDirectory() as folder:
-        wanted = {
-            **_arguments(setup, folder),
-            "max_length": setup.max_length,
-            "max_prompt_length": None,
-            "use_logits_to_keep": True,
-            "precompute_ref_log_probs": precomputed,
-        }
+        wanted = {**_arguments(setup, folder), "max_length": setup.max_length, **own}
         known = {f.name for f in dataclasses.fields(Config)}
         args = Config(**{key: value for key, value in wanted.items() if key in known})
         own = {"processing_class": tokenizer, "peft_config": lora_config(setup), "callbacks": [turns]}
         Trainer(model=model, args=args, train_dataset=Dataset.from_list(rows), **own).train()
+
+
+def _train_dpo(setup: Setup, turns, precomputed: bool = False) -> None:
+    own = {"max_prompt_length": None, "use_logits_to_keep": True, "precompute_ref_log_probs": precomputed}
+    _train_pairwise(setup, turns, "dpo", **own)
 
 
 def _train_dpo_precomputed(setup: Setup, turns) -> None:
     _train_dpo(setup, turns, precomputed=True)
 
 
-def _train_cpo(setup: Setup, turns, method: str) -> None:
-    """SimPO and ORPO, which have no reference model; TRL gives both the same shape."""
-    import dataclasses
-
-    from datasets import Dataset
-
-    from tkpo.run_config import BETAS
-    from tkpo.runs import SIMPO_GAMMA, import_trl
-
-    Config, Trainer = import_trl(method)
-    model, tokenizer = fresh_model(setup)
-    names = ("chosen", "rejected")
-    rows = [{"prompt": _prompt(r, tokenizer), **{n: r[n] for n in names}} for r in training_records(setup, pairs=True)]
-    with tempfile.TemporaryDirectory() as folder:
-        wanted = {
-            **_arguments(setup, folder),
-            "max_length": setup.max_length,
-            "max_prompt_length": setup.max_length * 3 // 4,
-            "truncation_mode": "keep_start",
-            "beta": BETAS.get(method, 0.1),
-        }
-        if method == "simpo":
-            wanted |= {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": SIMPO_GAMMA}
-        known = {f.name for f in dataclasses.fields(Config)}
-        args = Config(**{key: value for key, value in wanted.items() if key in known})
-        own = {"processing_class": tokenizer, "peft_config": lora_config(setup), "callbacks": [turns]}
-        Trainer(model=model, args=args, train_dataset=Dataset.from_list(rows), **own).train()
-
-
 def _train_simpo(setup: Setup, turns) -> None:
-    _train_cpo(setup, turns, "simpo")
+    from tkpo.run_config import BETAS
+    from tkpo.runs import SIMPO_GAMMA
+
+    own = {"beta": BETAS["simpo"], "loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": SIMPO_GAMMA}
+    _train_pairwise(setup, turns, "simpo", max_prompt_length=setup.max_length * 3 // 4, **own)
 
 
 def _train_orpo(setup: Setup, turns) -> None:
-    _train_cpo(setup, turns, "orpo")
+    _train_pairwise(setup, turns, "orpo", max_prompt_length=setup.max_length * 3 // 4)
 
 
 def _train_llamafactory(setup: Setup, turns) -> None:
@@ -507,34 +480,28 @@ class Process:
         self._process.join()
 
 
-def run_together(rivals: list[str], setup: Setup, say: Callable[[str], None] = print) -> dict[str, dict]:
-    """Time `rivals` and TKPO in turn; method → {error, steps: [{seconds, loss, peak_mib, extra_mib}]}.
-
-    One that fails is left out from then on; TKPO alone is not timed.
-    """
-    processes = {method: Process(method, setup) for method in (*rivals, "tkpo")}
-    steps: dict[str, list] = {method: [] for method in processes}
+def run_pair(rival: str, setup: Setup, say: Callable[[str], None] = print) -> tuple[dict, dict]:
+    """Time `rival` and TKPO in turn; returns ({error, steps: [{seconds, loss, peak_mib, extra_mib}]}) of each."""
+    processes = [Process(method, setup) for method in (rival, "tkpo")]
+    steps: tuple[list, list] = ([], [])
     try:
-        for process in processes.values():
+        for process in processes:
             process.receive()
         for number in range(setup.warmup + setup.steps):
-            for method in list(processes) if number % 2 else reversed(list(processes)):
-                if processes["tkpo"].error or all(processes[rival].error for rival in rivals):
-                    break
-                numbers = {} if processes[method].error else processes[method].step()
-                if numbers and number >= setup.warmup:
-                    steps[method].append(numbers)
-        for method, own in steps.items():
-            seconds = f"{statistics.median(s['seconds'] for s in own):.2f} s" if own else "failed"
-            say(f"{LABELS[method]}: {seconds}")
+            order = (0, 1) if number % 2 else (1, 0)
+            for i in order:
+                if not any(p.error for p in processes) and (numbers := processes[i].step()) and number >= setup.warmup:
+                    steps[i].append(numbers)
+        seconds = [f"{statistics.median(s['seconds'] for s in own):.2f} s" if own else "failed" for own in steps]
+        say(f"{LABELS[rival]}: {seconds[0]}, TKPO beside it: {seconds[1]}")
     finally:
-        for process in processes.values():
+        for process in processes:
             process.close()
-    return {method: {"error": processes[method].error, "steps": own} for method, own in steps.items()}
+    return tuple({"error": p.error, "steps": own} for p, own in zip(processes, steps, strict=True))
 
 
-def benchmark(setup: Setup, rivals: list[str], together: bool = False, say: Callable[[str], None] = print) -> dict:
-    """All rivals in turn with TKPO, one after another or `together`; the result as it is written to JSON."""
+def benchmark(setup: Setup, rivals: list[str], say: Callable[[str], None] = print) -> dict:
+    """All rivals, each in turn with TKPO; the result as it is written to JSON."""
     from tkpo.data import record_key
     from tkpo.presets import load_tokenizer
 
@@ -543,18 +510,16 @@ def benchmark(setup: Setup, rivals: list[str], together: bool = False, say: Call
     tokenizer = load_tokenizer(setup.model)
     lengths = [count_tokens(record, tokenizer, setup) for record in records]
     runs, own_steps, ratios, memory, failed = {}, [], {}, {}, None
-    for group in [rivals] if together else [[rival] for rival in rivals]:
-        found = run_together(group, setup, say)
-        own = found.pop("tkpo")
-        runs |= found
+    for rival in rivals:
+        theirs, own = run_pair(rival, setup, say)
+        runs[rival] = theirs
         own_steps += own["steps"]
         failed = failed or own["error"]
-        for rival, theirs in found.items():
-            whole = len(theirs["steps"]) == len(own["steps"]) == setup.steps
-            both = list(zip(own["steps"], theirs["steps"], strict=True)) if whole else []
-            ratios[f"tkpo/{rival}"] = _median(a["seconds"] / b["seconds"] for a, b in both)
-            peaks = [max(s["extra_mib"] for s in run["steps"]) for run in (own, theirs)] if whole else [0, 0]
-            memory[f"tkpo/{rival}"] = peaks[0] / peaks[1] if peaks[1] > 0 else None
+        whole = len(theirs["steps"]) == len(own["steps"]) == setup.steps
+        both = list(zip(own["steps"], theirs["steps"], strict=True)) if whole else []
+        ratios[f"tkpo/{rival}"] = _median(a["seconds"] / b["seconds"] for a, b in both)
+        peaks = [max(s["extra_mib"] for s in run["steps"]) for run in (own, theirs)] if whole else [0, 0]
+        memory[f"tkpo/{rival}"] = peaks[0] / peaks[1] if peaks[1] > 0 else None
     runs["tkpo"] = {"error": None if own_steps else failed, "steps": own_steps}
     per_step = [sum(lengths[i : i + setup.batch_size]) for i in range(0, len(lengths), setup.batch_size)]
     return {
@@ -764,9 +729,6 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--batch-size", type=int, default=defaults.batch_size, help="default %(default)s")
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     p.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS, metavar="METHOD", help=", ".join(RIVALS))
-    p.add_argument(
-        "--together", action="store_true", help="load all methods at once: quicker, and takes the memory of all"
-    )
     p.add_argument("--output", type=Path, default=FOLDER, help="folder for the JSON; default %(default)s")
     p.add_argument("--loss-head", action="store_true", help="time the loss alone, on made-up hidden states")
     p.add_argument("--table", nargs="+", type=Path, metavar="JSON", help="print the tables of earlier results")
@@ -784,7 +746,7 @@ def main(argv: list[str] | None = None) -> int:
             shape = {"vocabulary": 151_936, "hidden": 896, "tokens": 1024, "response_tokens": 256}
             result = benchmark_head(setup, shape)
         else:
-            result = benchmark(setup, args.rivals, args.together, lambda line: print(line, file=sys.stderr, flush=True))
+            result = benchmark(setup, args.rivals, lambda line: print(line, file=sys.stderr, flush=True))
     except (TKPOError, Unavailable) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2

@@ -670,3 +670,53 @@ def test_a_run_that_fails_names_its_log(experiments, pipeline, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "max_length 8" in done.stderr and "sft-seed0.log" in done.stderr
     assert not list((tmp_path / "results").rglob("*-seed0.json"))
+
+
+def test_runs_made_together_are_those_made_alone_but_not_timed(experiments, pipeline, tmp_path):
+    names = [f"language_style/{method}-seed0" for method in ("dpo", "base", "sft", "tkpo")]  # dpo waits for sft
+    options = ["--preset", "tiny", "--experiments", experiments, "--results", tmp_path]
+    done = reproduce(*options, "--run", "--jobs", "3", "--only", *names, env=pipeline.env)
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        record = json.loads((tmp_path / "tiny" / f"{name}.json").read_text())
+        alone = json.loads((pipeline.folder / "tiny" / f"{name}.json").read_text())
+        assert record["jobs"] == 3 and "jobs" not in alone
+        assert record["predictions"] == alone["predictions"]
+        assert record.get("adapter_sha256") == alone.get("adapter_sha256")
+    whole = "Whole training runs on"
+    assert whole in pipeline("--table", "3", "--format", "md").stdout
+    assert whole not in reproduce(*options, "--table", "3", "--format", "md", env=pipeline.env).stdout
+    assert reproduce(*options, "--run", "--jobs", "0", "--table", "2", env=pipeline.env).returncode == 2
+
+
+def test_a_run_that_fails_keeps_only_those_that_need_it_from_being_done(experiments, pipeline, tmp_path):
+    broken = tmp_path / "experiments"
+    shutil.copytree(experiments, broken)
+    table = yaml.safe_load((broken / "presets.yaml").read_text())
+    table["tiny"]["methods"]["sft"] = {"max_length": 8}
+    (broken / "presets.yaml").write_text(yaml.safe_dump(table))
+    command = ("--preset", "tiny", "--experiments", broken, "--results", tmp_path / "results", "--run", "--only")
+    names = [f"language_style/{method}-seed0" for method in ("sft", "dpo", "base")]
+    done = reproduce(*command, *names, env=pipeline.env)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "sft-seed0.log" in done.stderr and "dpo-seed0.log" not in done.stderr
+    assert [p.name for p in (tmp_path / "results" / "tiny").rglob("*.json")] == ["base-seed0.json"]
+
+
+def test_a_gpu_takes_the_samples_of_a_step_at_once(preset, tmp_path, monkeypatch):
+    from reproduction import runner
+
+    store = Store(tmp_path, preset)
+    sizes = {}
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(runner, "_device", lambda _, device=device: device)
+        for method in ("tkpo", "orpo"):
+            run = grid.Run("language_style", method, 0)
+            sizes[device, method] = grid.run_config(run, preset, **runner._how(store, run, tmp_path, device))
+    assert {key: config.micro_batch_size for key, config in sizes.items()} == {
+        ("cpu", "tkpo"): 1,
+        ("cpu", "orpo"): 1,
+        ("cuda", "tkpo"): 4,
+        ("cuda", "orpo"): 2,
+    }
+    assert not store.differences(run, vars(sizes["cuda", "orpo"]), grid.evaluation(run, preset))

@@ -302,6 +302,17 @@ def test_training_leaves_a_tkpo_model_that_generates(make_trainer, tiny_tokenize
     assert made.shape == (1, prompt.shape[1] + 4)
 
 
+def test_training_keeps_off_cudnns_attention(make_trainer):
+    """Its gradients are NaN for padded batches of some lengths; only a GPU could show that itself."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        make_trainer()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def test_peft_config_trains_an_adapter_and_nothing_else(make_trainer, tiny_model, tmp_path):
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     trainer = make_trainer(peft_config=config, num_train_epochs=3)

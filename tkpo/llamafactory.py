@@ -24,6 +24,7 @@ from tkpo.distributed import check_launch, deepspeed_file, init_deepspeed
 from tkpo.errors import TKPOError
 from tkpo.flip import PromptFlipper
 from tkpo.loss import IGNORE_INDEX
+from tkpo.machine import avoid_cudnn_attention
 from tkpo.modeling_qwen2 import NO_FLIP, TKPOSettings, patch_qwen2
 from tkpo.presets import PRESETS, resolve_model
 from tkpo.run_config import RunConfig
@@ -55,6 +56,7 @@ def train(config: str | Path, overrides: list[str] = (), callbacks: list[Trainer
     axis is found (before the first step), a model that is no Qwen2, or a feature that would replace the loss.
     """
     run_exp = _import_run_exp()
+    avoid_cudnn_attention()
     arguments, section = read_config(config, overrides)
     callbacks = list(callbacks)
     with contextlib.ExitStack() as stack:
