@@ -274,8 +274,22 @@ def test_tuning_chooses_on_validation_and_waits_until_all_tries_of_a_data_set_ar
         store.add(run, record_of(run, preset, blank))
         assert dataset in {r.dataset for r in store.tuned(tuned, grids)}
     found = store.tuned(tuned, grids)
-    assert {(r.dataset, r.method): r.settings for r in found} == {key: run.settings for key, run in best.items()}
+    settings = {"dpo": (("beta", 0.5),), "tkpo": (("preference_weight", 0.1),)}  # beside the preset's own
+    assert {(r.dataset, r.method): r.settings for r in found} == {key: settings[key[1]] for key in best}
     assert all(r.split == "test" and r.share == 1 for r in found)
+    note = next(n for n in tables.table2(tables.Results(store, grids)).notes if n.startswith("*tuned*"))
+    assert "DPO on language style: beta 0.5, learning_rate 2e-05" in note
+
+
+def test_a_choice_that_is_the_presets_own_needs_no_other_run(grids, preset, tmp_path):
+    store = Store(tmp_path, preset)
+    for run in grids["4-tuning"].runs(preset):
+        own = dict(run.settings).items() <= vars(grid.run_config(grid.Run(run.dataset, run.method, 0), preset)).items()
+        store.add(run, record_of(run, preset, perfect if own else first_line))
+    found = store.tuned(grids["5-tuned"], grids)
+    assert {run.name for run in found} == {
+        f"{dataset}/{method}-seed0" for dataset in ("language_style", "level_of_detail") for method in ("dpo", "tkpo")
+    }
 
 
 def test_asking_for_other_seeds_leaves_the_tries_of_the_tuning_as_they_are(grids, preset, tmp_path):

@@ -102,7 +102,10 @@ class Store:
     # ---- tuning
 
     def tuned(self, grid: Grid, grids: dict[str, Grid], seeds: list[int] | None = None) -> list[Run] | None:
-        """The runs of a grid whose settings another grid's results choose; None while no data set has all its tries."""
+        """The runs of a grid whose settings another grid's results choose; None while no data set has all its tries.
+
+        Where the choice is what the preset has anyway, the run is the preset's own.
+        """
         tries = grids[grid.tuned_by["grid"]].runs(self.preset)
         lacking = {run.dataset for run in tries if not self.get(run)}
         tries = [run for run in tries if run.dataset not in lacking]
@@ -113,7 +116,9 @@ class Store:
                 for method in grid.methods:
                     own = [run for run in tries if (run.dataset, run.method) == (dataset, method)]
                     best = max(own, key=lambda run: mean(s[grid.tuned_by["score"]] for s in self.samples(run)))
-                    made.append(grid.run(self.preset, dataset, method, seed, dict(best.settings)))
+                    plain = run_config(Run(dataset, method, seed), self.preset)
+                    other = {key: value for key, value in best.settings if getattr(plain, key) != value}
+                    made.append(grid.run(self.preset, dataset, method, seed, other))
         return made or None
 
 

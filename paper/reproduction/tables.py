@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reproduction.grid import PRESET, Grid, Run
+from reproduction.grid import PRESET, Grid, Run, run_config
 from reproduction.store import Store, mean
 from tkpo.data import load_records
 from tkpo.metrics import paired_bootstrap
@@ -262,8 +262,11 @@ def _choices(results: Results) -> str:
     chosen = []
     for grid in results.grids.values():
         if grid.tuned_by:
+            tried = results.grids[grid.tuned_by["grid"]].variants
             for run in results.store.tuned(grid, results.grids, results.seeds) or []:
-                settings = ", ".join(f"{k} {v:g}" for k, v in run.settings)
+                config = run_config(run, results.store.preset)
+                keys = dict.fromkeys(key for variant in tried[run.method] for key in variant)
+                settings = ", ".join(f"{key} {getattr(config, key):g}" for key in keys)
                 chosen.append(f"{METHODS[run.method]} on {DATASETS[run.dataset]}: {settings}")
     return "; ".join(dict.fromkeys(chosen)) or "not yet run"
 
