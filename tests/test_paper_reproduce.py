@@ -531,6 +531,21 @@ def test_wrong_arguments_are_explained(arguments, parts):
         assert part in done.stderr
 
 
+def test_figures_do_not_see_the_fonts_of_the_machine(tmp_path):
+    import matplotlib
+    from matplotlib import font_manager
+    from reproduction import figures
+
+    copy = tmp_path / "system-font.otf"  # of the same name, as an installed Noto Sans CJK SC is
+    shutil.copy(figures.FONT, copy)
+    font_manager.fontManager.addfont(str(copy))
+    figures._setup()
+    name = font_manager.FontProperties(fname=str(figures.FONT)).get_name()
+    assert font_manager.findfont(name) == str(figures.FONT)
+    assert font_manager.findfont("DejaVu Sans").startswith(matplotlib.get_data_path())
+    assert str(copy) not in {font.fname for font in font_manager.fontManager.ttflist}
+
+
 # ---- making runs, on the preset tiny
 
 

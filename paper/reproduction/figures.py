@@ -67,11 +67,15 @@ SHOWN = ("sft", "dpo", "tkpo")
 
 
 def _setup() -> None:
-    font_manager.fontManager.addfont(str(FONT))
+    """The project's and matplotlib's fonts alone, so that a figure is the same whatever fonts the machine has."""
+    manager, own = font_manager.fontManager, font_manager.FontProperties(fname=str(FONT)).get_name()
+    manager.ttflist[:] = [font for font in manager.ttflist if font.fname.startswith(matplotlib.get_data_path())]
+    manager.addfont(str(FONT))
     matplotlib.rcdefaults()
     matplotlib.rcParams.update(STYLE)
-    matplotlib.rcParams["font.family"] = ["DejaVu Sans", font_manager.FontProperties(fname=str(FONT)).get_name()]
-    logging.getLogger("fontTools").setLevel(logging.ERROR)
+    matplotlib.rcParams["font.family"] = ["DejaVu Sans", own]
+    for name in ("fontTools", "matplotlib.font_manager"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @cache
@@ -133,7 +137,8 @@ def _outlines(results: Results, lang: str) -> Figure:
         return figure
     top, total = 0.62 / figure.get_figheight(), sum(heights)
     title = f"{_topic(styles[0][0], article, lang)} ({article})"
-    figure.text(0.012, 1 - 0.3 * top, title, fontsize=11, weight="bold", va="center")
+    weight = "bold" if lang == "en" else "normal"  # the Chinese font has no other
+    figure.text(0.012, 1 - 0.3 * top, title, fontsize=11, weight=weight, va="center")
     left = [0.16 + 0.28 * i for i in range(3)]
     for x, method in zip(left, SHOWN, strict=True):
         figure.text(x, 1 - 0.8 * top, METHODS[method], fontsize=10, weight="bold", va="center")
