@@ -1,4 +1,4 @@
-"""Time of a training step and its memory: TKPO beside SFT, DPO and a plain form of itself, on the same samples.
+"""Time of a training step and its memory: TKPO beside SFT, DPO, SimPO, ORPO and its plain form.
 
     python paper/benchmark.py --model qwen2.5-coder-0.5b --finetuning lora
     python paper/benchmark.py --loss-head
@@ -83,6 +83,9 @@ def worker(method: str, setup: Setup, pipe) -> None:
             import torch
             from transformers import set_seed
 
+            from tkpo.machine import avoid_cudnn_attention
+
+            avoid_cudnn_attention()  # as TKPOTrainer does: all methods by the same kernels
             torch.set_num_threads(setup.threads)
             set_seed(setup.seed)
             TRAIN[method](setup, _turns(pipe, setup))
@@ -346,8 +349,8 @@ def _train_trl_sft_chunked(setup: Setup, turns) -> None:
     _train_trl_sft(setup, turns, loss_type="chunked_nll")
 
 
-def _train_pairwise(setup: Setup, turns, method: str, **own) -> None:
-    """From the base: a fresh adapter, whose reference is the base itself, is DPO's cheapest form."""
+def _train_pairwise(setup: Setup, turns, method: str, **settings) -> None:
+    """By TRL, from the base: for DPO a fresh adapter, whose reference is the base itself, is the cheapest form."""
     import dataclasses
 
     from datasets import Dataset
@@ -359,7 +362,7 @@ def _train_pairwise(setup: Setup, turns, method: str, **own) -> None:
     names = ("chosen", "rejected")
     rows = [{"prompt": _prompt(r, tokenizer), **{n: r[n] for n in names}} for r in training_records(setup, pairs=True)]
     with tempfile.TemporaryDirectory() as folder:
-        wanted = {**_arguments(setup, folder), "max_length": setup.max_length, **own}
+        wanted = {**_arguments(setup, folder), "max_length": setup.max_length, **settings}
         known = {f.name for f in dataclasses.fields(Config)}
         args = Config(**{key: value for key, value in wanted.items() if key in known})
         own = {"processing_class": tokenizer, "peft_config": lora_config(setup), "callbacks": [turns]}

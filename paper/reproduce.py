@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the experiments' own")
     how.add_argument("--device", help="cpu or cuda, for --run; default: what there is")
     how.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="with --run: so many runs at a time; Table 3 leaves them out"
+        "--jobs", type=int, default=1, metavar="N", help="with --run: so many at a time; no times are told of such runs"
     )
     how.add_argument("--format", choices=("terminal", *tables.FORMATS), default="terminal", help="of what is printed")
     how.add_argument(
@@ -144,11 +144,15 @@ def _run(
             raise TKPOError(f"no run {unknown[0]!r}; --list names them")
         do_runs(results.store, [known[name] for name in only], work, device, jobs)
         return
-    runs = _wanted(results, chosen)
-    do_runs(results.store, runs, work, device, jobs)
-    tuned = [run for run in _wanted(results, chosen) if run not in runs]
-    if tuned:  # known only now
-        do_runs(results.store, tuned, work, device, jobs)
+    runs, failed = _wanted(results, chosen), []
+    for part in (lambda: runs, lambda: [run for run in _wanted(results, chosen) if run not in runs]):
+        if wanted := part():  # the tuned ones are known only when the others are done
+            try:
+                do_runs(results.store, wanted, work, device, jobs)
+            except TKPOError as error:
+                failed.append(str(error))
+    if failed:
+        raise TKPOError("\n".join(failed))
 
 
 def _list(results: Results, chosen: list[str]) -> None:

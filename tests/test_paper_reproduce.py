@@ -318,6 +318,75 @@ def test_the_sft_run_comes_before_the_run_that_continues_it(preset, tmp_path):
     assert _with_sft(store, dpo, tmp_path, [dpo]) == [_Step(dpo)]
 
 
+class Pretended:
+    """In place of a run's process: ends after two looks, and fails if `failing` names its run."""
+
+    running, most, log, failing = 0, 0, [], ()
+
+    def __init__(self, store, step, work, device, jobs):
+        self.run, self.looks, self.share, self.sentinel = step.run, 0, 0.0, os.pipe()[0]
+        Pretended.running += 1
+        Pretended.most = max(Pretended.most, Pretended.running)
+        Pretended.log.append(f"start {step.run.method}")
+
+    @property
+    def alive(self):
+        self.looks += 1
+        return self.looks < 2
+
+    def finish(self, store):
+        Pretended.running -= 1
+        if self.run.method in self.failing:
+            raise TKPOError(f"{self.run.method} broke")
+        Pretended.log.append(f"end {self.run.method}")
+
+    def stop(self):
+        Pretended.log.append(f"stop {self.run.method}")
+
+
+@pytest.fixture
+def pretend(preset, tmp_path, monkeypatch):
+    """Does runs of these methods, so many at a time, with pretended processes."""
+    from reproduction import runner
+
+    monkeypatch.setattr(runner, "_Process", Pretended)
+    monkeypatch.setattr(runner.multiprocessing.connection, "wait", lambda *_, **__: None)
+
+    def go(*methods, jobs=1, failing=()):
+        Pretended.running, Pretended.most, Pretended.log, Pretended.failing = 0, 0, [], failing
+        runs = [grid.Run("language_style", method, 0) for method in methods]
+        runner.do_runs(Store(tmp_path, preset), runs, tmp_path, "cpu", jobs)
+        return Pretended.log
+
+    return go
+
+
+def test_so_many_runs_at_a_time_and_dpo_after_its_sft(pretend):
+    assert pretend("sft", "dpo", "tkpo")[:2] == ["start sft", "end sft"] and Pretended.most == 1
+    log = pretend("dpo", "orpo", "base", "tkpo", "sft", jobs=3)
+    assert Pretended.most == 3 and log.index("end sft") < log.index("start dpo")
+    assert len([line for line in log if line.startswith("end")]) == 5
+
+
+@pytest.mark.parametrize("methods", [("sft", "dpo", "tkpo"), ("dpo", "tkpo")], ids=["recorded", "for its adapter"])
+def test_runs_whose_sft_run_failed_are_left_out_and_named(pretend, methods):
+    with pytest.raises(TKPOError, match=r"sft broke\nrun language_style/dpo-seed0 was left out: .*sft-seed0"):
+        pretend(*methods, failing=("sft",))
+    assert "end tkpo" in Pretended.log and "start dpo" not in Pretended.log
+
+
+def test_an_interrupt_stops_all_that_run(pretend, monkeypatch):
+    from reproduction import runner
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.multiprocessing.connection, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pretend("tkpo", "orpo", "base", jobs=2)
+    assert Pretended.log == ["start tkpo", "start orpo", "stop tkpo", "stop orpo"]
+
+
 def test_costs_of_two_machines_are_never_put_together(stored, grids, preset):
     store = stored(sft=perfect, tkpo=perfect)
     gpu = grid.Run("language_style", "dpo", 0)
@@ -330,7 +399,7 @@ def test_costs_of_two_machines_are_never_put_together(stored, grids, preset):
     for caption, rows in found.items():
         assert ("DPO" in {row[1] for row in rows}) == ("another" in caption)
     dpo = next(row for rows in found.values() for row in rows if row[1] == "DPO")
-    assert dpo[header.index("s whole pipeline")] == "†"  # its SFT run is from the other machine
+    assert dpo[header.index("s whole pipeline")] == "–"  # its SFT run is from the other machine
     row = next(r for rows in found.values() for r in rows if r[:2] == ["language style", "TKPO"])
     assert float(row[header.index("s to train")]) == 2.0 * 10 - 2 * 0.5  # without validation
 
@@ -522,6 +591,7 @@ def test_ratios_stand_beneath_their_aims(tmp_path):
         (["--import-run", "x"], ["--predictions"]),
         (["--import-run", "none", "--predictions", "none.json"], ["none.json"]),
         (["--all", "--experiments", "/none"], ["/none"]),
+        (["--run", "--preset", "tiny", "--results", "/tmp/none", "--table", "4", "--device", "gpu"], ["'gpu'", "cuda"]),
     ],
 )
 def test_wrong_arguments_are_explained(arguments, parts):
@@ -728,7 +798,7 @@ def test_a_run_that_fails_keeps_only_those_that_need_it_from_being_done(experime
     names = [f"language_style/{method}-seed0" for method in ("sft", "dpo", "base")]
     done = reproduce(*command, *names, env=pipeline.env)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "sft-seed0.log" in done.stderr and "dpo-seed0.log" not in done.stderr
+    assert "sft-seed0.log" in done.stderr and "dpo-seed0 was left out" in done.stderr
     assert [p.name for p in (tmp_path / "results" / "tiny").rglob("*.json")] == ["base-seed0.json"]
 
 
@@ -741,11 +811,16 @@ def test_a_gpu_takes_the_samples_of_a_step_at_once(preset, tmp_path, monkeypatch
         monkeypatch.setattr(runner, "_device", lambda _, device=device: device)
         for method in ("tkpo", "orpo"):
             run = grid.Run("language_style", method, 0)
-            sizes[device, method] = grid.run_config(run, preset, **runner._how(store, run, tmp_path, device))
+            sizes[device, method] = runner._config(store, run, tmp_path, device, restart=False)
     assert {key: config.micro_batch_size for key, config in sizes.items()} == {
         ("cpu", "tkpo"): 1,
         ("cpu", "orpo"): 1,
         ("cuda", "tkpo"): 4,
         ("cuda", "orpo"): 2,
     }
+    begun = tmp_path / run.name / "config.json"
+    begun.parent.mkdir(parents=True)
+    begun.write_text(json.dumps({"micro_batch_size": 1}))  # it goes on as it began
+    assert runner._config(store, run, tmp_path, "cuda", restart=False).micro_batch_size == 1
+    assert runner._config(store, run, tmp_path, "cuda", restart=True).micro_batch_size == 2
     assert not store.differences(run, vars(sizes["cuda", "orpo"]), grid.evaluation(run, preset))

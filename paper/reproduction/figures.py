@@ -365,6 +365,13 @@ def figure4(results: Results) -> dict[str, Figure]:
                     "figure 4",
                     "These runs were trained without validation. To have curves,\ndelete their records and run",
                 )
+            elif any(results.store.get(r) for m in METHODS if m != "base" for r in cells.get((dataset, m, ""), [])):
+                _empty(
+                    panel,
+                    results,
+                    "figure 4",
+                    "These runs were made several at a time, not timed.\nTo have times, delete their records and run",
+                )
             else:
                 _empty(panel, results, "figure 4")
         if right.lines:

@@ -45,28 +45,37 @@ def do_runs(store: Store, runs: list[Run], work: Path, device: str | None = None
 
     work: where each run has its folder. A run that was cut off goes on from its last checkpoint; the adapter that
     DPO and SimPO continue is trained first where it is not at hand. jobs: so many at a time; their records say so,
-    since their seconds are not those of a run alone. A run that fails does not keep the others from being done;
-    TKPOError at the end names its log.
+    since their seconds are not those of a run alone. A run that fails keeps only those that need its adapter from
+    being done; TKPOError at the end names its log.
     """
     missing = [run for run in dict.fromkeys(runs) if not store.get(run)]
     waiting = list(dict.fromkeys(step for run in missing for step in _with_sft(store, run, work, missing)))
     if not waiting:
         print("nothing to run: every result is stored", file=sys.stderr)
         return
+    _device(device)
     count, costs = len(waiting), {step: _cost(store, step) for step in waiting}
     running: dict[_Step, _Process] = {}
     finished, failed = [], {}
     with tqdm(
         total=sum(costs.values()), bar_format="{percentage:3.0f} %|{bar}| {elapsed} so far, {remaining} left {desc}"
     ) as bar:
+
+        def fail(step: _Step, error: str) -> None:
+            failed[step] = error
+            bar.write(f"failed: {step}", file=sys.stderr)
+
         try:
             while waiting or running:
                 for step in _ready(waiting, running)[: jobs - len(running)]:
                     waiting.remove(step)
                     if step.run.sft in [other.run for other in failed]:
-                        failed[step] = None
+                        fail(step, f"run {step.run.name} was left out: it continues {step.run.sft.name}, which failed")
                         continue
-                    running[step] = _Process(store, step, work, device, jobs)
+                    try:
+                        running[step] = _Process(store, step, work, device, jobs)
+                    except TKPOError as error:
+                        fail(step, f"run {step.run.name} cannot be made: {error}")
                 multiprocessing.connection.wait([process.sentinel for process in running.values()], timeout=1)
                 for step in [step for step, process in running.items() if not process.alive]:
                     process = running.pop(step)
@@ -75,17 +84,16 @@ def do_runs(store: Store, runs: list[Run], work: Path, device: str | None = None
                         finished.append(step)
                         bar.write(f"[{len(finished)}/{count}] {step}", file=sys.stderr)
                     except TKPOError as error:
-                        failed[step] = error
-                        bar.write(f"failed: {step}", file=sys.stderr)
-                done = sum(costs[step] for step in finished)
+                        fail(step, str(error))
+                done = sum(costs[step] for step in (*finished, *failed))
                 done += sum(0.95 * process.share * costs[step] for step, process in running.items())
                 bar.set_description_str(f"[{len(finished)}/{count}] {', '.join(map(str, list(running)[:2]))}")
                 bar.update(max(0.0, done - bar.n))
         finally:
             for process in running.values():
                 process.stop()
-    if errors := [str(error) for error in failed.values() if error]:
-        raise TKPOError("\n".join(errors))
+    if failed:
+        raise TKPOError("\n".join(failed.values()))
 
 
 def _ready(waiting: list[_Step], running: dict[_Step, object]) -> list[_Step]:
@@ -134,13 +142,18 @@ class _Process:
 
     def __init__(self, store: Store, step: _Step, work: Path, device: str | None, jobs: int):
         run = step.run
-        self.step, self.jobs = step, jobs
+        self.step = step
         self.folder = work / run.name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.config = run_config(run, store.preset, **_how(store, run, work, device))
+        restart = (self.folder / DONE).exists() and not step.alone
+        self.config = _config(store, run, work, device, restart)
+        # Kept beside the training, which may be cut off, go on alone or be recorded by another call.
+        self._jobs = self.folder.with_name(f"{self.folder.name}.jobs")
+        before = 1 if restart or not self._jobs.exists() else int(self._jobs.read_text())
+        self._jobs.write_text(str(max(before, jobs)))
         task = {
             "config": asdict(self.config) if self.config else None,
-            "restart": (self.folder / DONE).exists() and not step.alone,
+            "restart": restart,
             "evaluation": None if step.alone else evaluation(run, store.preset),
             # Predictions are written in the same precision everywhere, so that a GPU's compare with a CPU's.
             "dtype": store.preset.train.get("dtype", "float32"),
@@ -179,36 +192,50 @@ class _Process:
         self._process.join()
         run, status = self.step.run, self._process.exitcode
         if status:
-            log = _log(self.folder)
-            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] or ["no output"]
-            raise TKPOError(f"run {run.name} failed (exit status {status}): {last[0]}\nIts output: {log}")
+            log, lines = _log(self.folder), []
+            with contextlib.suppress(OSError):  # a process may end before it has opened its log
+                lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            last = lines[-1] if lines else "no output"
+            raise TKPOError(f"run {run.name} failed (exit status {status}): {last}\nIts output: {log}")
         if not self.step.alone:
             predicted = json.loads((self.folder / "predicted.json").read_text(encoding="utf-8"))
             record = make_record(self.folder if self.config else None, predicted, run)
-            if self.jobs > 1:
-                record["jobs"] = self.jobs
+            if (jobs := int(self._jobs.read_text())) > 1:
+                record["jobs"] = jobs
             store.add(run, record)
             (self.folder / DONE).touch()
 
 
-def _how(store: Store, run: Run, work: Path, device: str | None) -> dict:
-    """The fields of a configuration that say how a run is done."""
+def _config(store: Store, run: Run, work: Path, device: str | None, restart: bool) -> RunConfig | None:
+    """What the run is, with how it is done here; TKPOError if its settings do not go together."""
     how = {"output": str(work / run.name), "device": device}
     full = store.preset.train.get("finetuning") == "full"
     if run.sft and full:
         how["model"] = str(work / run.sft.name / "model")
     elif run.sft:
         how["sft_adapter"] = str(_adapter(store, run.sft, work))
-    batch = store.preset.train.get("batch_size")
-    if batch and not full and _device(device) == "cuda" and "micro_batch_size" not in store.preset.train:
-        how["micro_batch_size"] = max(1, batch // 2) if run.method in PAIRWISE else batch  # a pair is two sequences
-    return how
+    config = run_config(run, store.preset, **how)
+    if config is None or full:
+        return config
+    begun = work / run.name / "config.json"
+    if begun.exists() and not restart:  # goes on as it began
+        how["micro_batch_size"] = json.loads(begun.read_text(encoding="utf-8"))["micro_batch_size"]
+    elif _device(device) == "cuda" and config.micro_batch_size == 1:
+        sequences = 2 if run.method in PAIRWISE else 1  # a pair is two
+        how["micro_batch_size"] = max(1, config.batch_size // sequences)
+        if config.batch_size % how["micro_batch_size"]:
+            how["micro_batch_size"] = 1
+    return run_config(run, store.preset, **how)
 
 
 def _device(device: str | None) -> str:
+    """Its type, of a device's name; None is the GPU if there is one."""
     import torch
 
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    try:
+        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    except RuntimeError as error:
+        raise TKPOError(f"no device {device!r}: choose cpu or cuda") from error
 
 
 def _log(folder: Path) -> Path:

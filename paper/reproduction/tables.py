@@ -329,8 +329,8 @@ def table3(results: Results) -> Table:
         "Counted: forward passes with a backward pass as two; TKPO 4, SFT 3, DPO 8, DPO with precomputed reference 6. "
         "Published: 56.25 % of DPO's training time.",
         "Whole runs are wall clock on a machine that did other work beside them: only the first part compares "
-        "methods; the pipeline of DPO and SimPO has the SFT run they continue in it. Runs that were made several at a "
-        "time (`--jobs`) are not here.",
+        "methods; the pipeline of DPO and SimPO has the SFT run they continue in it (–: that was not made alone on the "
+        "same machine). Runs that were made several at a time (`--jobs`) are not here.",
     ]
     if not any(b.caption.startswith("One run") for b in blocks):
         notes.append("No benchmark is stored: `python paper/benchmark.py` measures it.")
@@ -388,12 +388,12 @@ def _training_costs(results: Results) -> dict[str, list[list[str]]]:
                 continue
             records = [results.store.get(run) for run in here]
             training = [record["training"] for record in records]
-            whole = [pipeline_seconds(results, run) for run in here]
+            whole = [seconds for run in here if (seconds := pipeline_seconds(results, run)) is not None]
             row = [DATASETS[dataset], METHODS[method], str(len(here))]
             row.append(f"{mean(r['training']['samples'] * r['config']['epochs'] for r in records):.0f}")
             row.append(f"{mean(stage_seconds(r) / r['training']['steps'] for r in records):.3g}")
             row.append(f"{mean(map(stage_seconds, records)):.0f}")
-            row.append(f"{mean(whole):.0f}" if None not in whole else MISSING)
+            row.append(f"{mean(whole):.0f}" if whole else "–")
             row.append(f"{mean(t['peak_memory_mib'] for t in training):.0f}")
             machines.setdefault(machine, []).append(row)
     return machines
@@ -423,11 +423,19 @@ def table4(results: Results) -> Table:
         columns = [f"{lang} {SCORES[score]}" for lang in results.languages for score in scores]
         blocks.append(Block(["variant", "seeds", *columns], rows, 1, DATASETS[dataset].capitalize()))
     notes = [
-        "Each differs from the first row in the one thing named; trained on a quarter of the main comparison's samples."
-        " *no flip*: rejects from the model's own prediction under the true prompt. *no preference term* is SFT.",
+        "Each differs from the first row in the one thing named; trained on a quarter of the main comparison's samples"
+        f"{_machines(results, variants)}. *no flip*: rejects from the model's own prediction under the true prompt. "
+        "*no preference term* is SFT.",
         results.note("table 4"),
     ]
     return Table(4, "Ablations of TKPO", blocks, notes)
+
+
+def _machines(results: Results, cells: dict[tuple, list[Run]]) -> str:
+    """ ", on A or B" where the runs were made on several machines."""
+    records = [results.store.get(run) for runs in cells.values() for run in runs]
+    names = sorted({machine_name(record["environment"]) for record in records if record})
+    return f", on {' or '.join(names)} (other draws and rounding)" if len(names) > 1 else ""
 
 
 SYMBOLS = {"preference_weight": "λ", "tau": "τ", "num_rejects": "K"}
