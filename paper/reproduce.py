@@ -144,13 +144,13 @@ def _run(
             raise TKPOError(f"no run {unknown[0]!r}; --list names them")
         do_runs(results.store, [known[name] for name in only], work, device, jobs)
         return
-    runs, failed = _wanted(results, chosen), []
-    for part in (lambda: runs, lambda: [run for run in _wanted(results, chosen) if run not in runs]):
-        if wanted := part():  # the tuned ones are known only when the others are done
-            try:
-                do_runs(results.store, wanted, work, device, jobs)
-            except TKPOError as error:
-                failed.append(str(error))
+    done, failed = [], []
+    while wanted := [run for run in _wanted(results, chosen) if run not in done]:  # the tuned ones are known last
+        try:
+            do_runs(results.store, wanted, work, device, jobs)
+        except TKPOError as error:
+            failed.append(str(error))
+        done += wanted
     if failed:
         raise TKPOError("\n".join(failed))
 

@@ -117,11 +117,8 @@ def steps(folder: Path) -> str:
             what = f"`{bench['model']}`, {bench['finetuning']}, {bench['dtype']}, batch {bench['batch_size']}"
             what += ", attribute last" if bench["attribute_last"] else ""
             cells = [_reached(bench[kind].get(key), aim) for kind, key, aim in AIMS.values()]
-            lines.append(
-                "| "
-                + " | ".join([f"{what} ({bench['machine'].get('gpu') or bench['machine']['processor']})", *cells])
-                + " |"
-            )
+            where = bench["machine"].get("gpu") or bench["machine"]["processor"]
+            lines.append("| " + " | ".join([f"{what} ({where})", *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -432,7 +432,7 @@ def table4(results: Results) -> Table:
 
 
 def _machines(results: Results, cells: dict[tuple, list[Run]]) -> str:
-    """ ", on A or B" where the runs were made on several machines."""
+    """Where the runs were made, as the end of a sentence; nothing if all on one machine."""
     records = [results.store.get(run) for runs in cells.values() for run in runs]
     names = sorted({machine_name(record["environment"]) for record in records if record})
     return f", on {' or '.join(names)} (other draws and rounding)" if len(names) > 1 else ""
