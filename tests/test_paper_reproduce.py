@@ -219,6 +219,20 @@ def test_seeds_give_a_mean_and_its_spread(stored, grids, preset, tmp_path):
     assert cell(tmp_path, 2, "language style", "English", "TKPO", column="seeds") == "2 of 3"
 
 
+def test_a_table_says_what_it_lacks_until_it_lacks_nothing(stored, grids, preset):
+    store = stored(tkpo=perfect)
+    results = tables.Results(store, grids)
+    (note,) = results.notes("table 4")
+    assert "python paper/reproduce.py --run --table 4" in note
+    assert note in tables.table4(results).notes
+    missing = [run for _, runs in results.serving("table 4") for run in runs if not store.get(run)]
+    for run in missing[1:]:
+        store.add(run, record_of(run, preset, blank))
+    assert tables.Results(store, grids).notes("table 4") == [note]
+    store.add(missing[0], record_of(missing[0], preset, blank))
+    assert tables.Results(store, grids).notes("table 4") == []
+
+
 def test_gains_and_verdicts_follow_the_interval(stored, grids):
     results = tables.Results(stored(tkpo=perfect, dpo=first_line, sft=perfect), grids)
     lines = [line for line in tables.findings(results).splitlines() if line.startswith("| language style | English")]
