@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
@@ -328,8 +329,11 @@ def _copy(source: Path, out: io.BufferedWriter | None, digest) -> None:
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantise the GGUF file, which takes minutes, into the bfloat16 folder of a `Qwen2ForCausalLM`."""
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    # Newer transformers keep the weights packed unless told otherwise; older ones have no GgufConfig and dequantise.
+    config = getattr(transformers, "GgufConfig", None)
+    options = {"quantization_config": config(dequantize=True)} if config else {}
     with tqdm(total=1, desc=f"{gguf.stem}: convert") as bar:
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, **options)
         model = qwen2_from_llama(model) if model.config.model_type == "llama" else model
         _save(model, AutoTokenizer.from_pretrained(**source), folder)
         bar.update()
