@@ -79,7 +79,7 @@ def main() -> int:
         "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": args.threads, "load_before": load},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "model": args.model,
-        "runtime": type(service.generator._decoder).__module__ + "." + type(service.generator._decoder).__name__,
+        "runtime": type(service.generator.decoder).__module__ + "." + type(service.generator.decoder).__name__,
         "runs": runs,
         "limits": limits,
         "bounds": bounds,

@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def adapter_folders(given: list[str] | None, axes_file: str | None = None) -> dict[str, Path]:
     """Adapter name → folder. Default: the shipped ones, "axis/method"; TKPOError for a folder that is none."""
-    from tkpo.runs import adapter_folder
+    from tkpo.adapters import adapter_folder
 
     axes = dict.fromkeys(axis.name for axis in style_axes(axes_file).values())
     if given is None:

@@ -151,9 +151,8 @@ def _memory(cuda: bool, reset: bool = False) -> float:
 def training_records(setup: Setup, pairs: bool = False) -> list[dict]:
     """The samples of warm-up and timed steps, in their order, none too long; as pairs, the same ones."""
     from tkpo.attributes import get_axis
-    from tkpo.data import annotate, attribute_last, load_records, record_key
+    from tkpo.data import annotate, attribute_last, load_records, record_key, sample_order
     from tkpo.presets import load_tokenizer
-    from tkpo.runs import sample_order
 
     axis, tokenizer = get_axis(Path(setup.dataset).stem), load_tokenizer(setup.model)
 
@@ -328,7 +327,7 @@ def _prompt(record: dict, tokenizer) -> str:
 def _train_trl_sft(setup: Setup, turns, **loss) -> None:
     from datasets import Dataset
 
-    from tkpo.runs import import_trl
+    from tkpo.pairwise import import_trl
 
     import_trl("dpo")
     from trl import SFTConfig, SFTTrainer
@@ -355,7 +354,7 @@ def _train_pairwise(setup: Setup, turns, method: str, **settings) -> None:
 
     from datasets import Dataset
 
-    from tkpo.runs import import_trl
+    from tkpo.pairwise import import_trl
 
     Config, Trainer = import_trl(method)
     model, tokenizer = fresh_model(setup)
@@ -379,10 +378,10 @@ def _train_dpo_precomputed(setup: Setup, turns) -> None:
 
 
 def _train_simpo(setup: Setup, turns) -> None:
-    from tkpo.run_config import BETAS
-    from tkpo.runs import SIMPO_GAMMA
+    from tkpo.methods import METHODS
+    from tkpo.pairwise import SIMPO_GAMMA
 
-    own = {"beta": BETAS["simpo"], "loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": SIMPO_GAMMA}
+    own = {"beta": METHODS["simpo"].beta, "loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": SIMPO_GAMMA}
     _train_pairwise(setup, turns, "simpo", max_prompt_length=setup.max_length * 3 // 4, **own)
 
 

@@ -27,13 +27,13 @@ from benchmark import FOLDER, Setup, machine, save, versions
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
+from tkpo.adapters import adapter_folder
 from tkpo.attributes import get_axis
 from tkpo.data import make_record
 from tkpo.errors import TKPOError
 from tkpo.generation import OutlineGenerator, TransformersDecoder, load_with_adapters
 from tkpo.machine import read_bandwidth
 from tkpo.presets import default_dtype
-from tkpo.runs import adapter_folder
 
 METHODS = ("sft", "dpo", "tkpo")
 TOPIC = "How coral reefs bleach and recover"
@@ -101,7 +101,7 @@ def benchmark(model: str, folders: dict[str, Path], tokens: int, rounds: int, th
     torch.set_num_threads(threads)
     bandwidth = read_bandwidth()
     generator = OutlineGenerator(model, folders, "float32", "cpu")
-    ours, tokenizer = generator._decoder, generator.tokenizer
+    ours, tokenizer = generator.decoder, generator.tokenizer
     if isinstance(ours, TransformersDecoder):
         raise TKPOError(f"{model} is no Qwen2 with LoRA adapters: tkpo.decoding does not run it")
     whole = load_with_adapters(model, folders, "float32", "cpu")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from tkpo.attributes import get_axis
 from tkpo.data import load_records, make_record
+from tkpo.environment import environment
 from tkpo.generation import OutlineGenerator
 from tkpo.metrics import StyleClassifier
 from tkpo.outline import is_valid, obeys_detail, parse
-from tkpo.runs import environment
 
 HERE = Path(__file__).parent
 METHODS = ("sft", "dpo", "tkpo")

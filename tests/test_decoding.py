@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Qwen2ForCausalLM
 
 from tkpo import decoding
-from tkpo.decoding import Decoder
+from tkpo.decoding import PackedDecoder
 from tkpo.presets import load_model
 
 END = 257
@@ -42,7 +42,7 @@ def states(model, tokens):
         return model.get_base_model().model(input_ids=tokens).last_hidden_state[0]
 
 
-def write(decoder: Decoder, prompts, names, end=END, tokens=20, check=lambda: False, slots=None, shared=None):
+def write(decoder: PackedDecoder, prompts, names, end=END, tokens=20, check=lambda: False, slots=None, shared=None):
     rows = [[] for _ in prompts]
 
     def choose(logits, which):
@@ -65,19 +65,19 @@ def expected():
 
 
 def test_a_mixed_batch_writes_what_transformers_writes_row_by_row(expected):
-    assert write(Decoder(tuned()), PROMPTS, NAMES) == expected
+    assert write(PackedDecoder(tuned()), PROMPTS, NAMES) == expected
     assert len({tuple(row) for row in expected}) == len(expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 10_000])
 def test_prompts_are_read_in_groups_of_any_size(expected, monkeypatch, tokens):
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", tokens)
-    assert write(Decoder(tuned()), PROMPTS, NAMES) == expected
+    assert write(PackedDecoder(tuned()), PROMPTS, NAMES) == expected
 
 
 def test_what_prompts_begin_with_is_read_once_for_each_adapter(expected, monkeypatch):
     """Same text as by transformers, with fewer tokens read; another adapter does not get the first one's keys."""
-    decoder, read = Decoder(tuned()), []
+    decoder, read = PackedDecoder(tuned()), []
     forward = decoder._forward
     monkeypatch.setattr(decoder, "_forward", lambda ids, *rest: read.append(len(ids)) or forward(ids, *rest))
     shared = [5, 30, 0, 5]  # of prompts of 7, 31, 19 and 40 tokens
@@ -85,7 +85,7 @@ def test_what_prompts_begin_with_is_read_once_for_each_adapter(expected, monkeyp
         read.clear()
         assert write(decoder, PROMPTS, NAMES, shared=shared) == expected and read[0] == tokens_read
     other = write(decoder, PROMPTS[:1], ["two"], shared=[5])
-    assert other == write(Decoder(tuned()), PROMPTS[:1], ["two"]) and read[-1] == 1
+    assert other == write(PackedDecoder(tuned()), PROMPTS[:1], ["two"]) and read[-1] == 1
     monkeypatch.setattr(decoding, "PREFIXES", 2)
     assert write(decoder, PROMPTS, NAMES, shared=shared) == expected and len(decoder._prefixes) == 2
 
@@ -94,7 +94,7 @@ def test_rows_that_end_leave_the_batch_and_do_not_disturb_the_others(expected):
     end = expected[1][5]  # row 1 ends there at the latest, others wherever they have it
     cut = [row[: row.index(end) + 1] if end in row else row for row in expected]
     assert len({len(row) for row in cut}) > 1
-    assert write(Decoder(tuned()), PROMPTS, NAMES, end=end) == cut
+    assert write(PackedDecoder(tuned()), PROMPTS, NAMES, end=end) == cut
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 9])
@@ -102,12 +102,12 @@ def test_where_a_row_ends_the_next_begins(expected, slots):
     end = expected[1][5]
     cut = [row[: row.index(end) + 1] if end in row else row for row in expected]
     order = [3, 1, 0, 2, 1]
-    rows = write(Decoder(tuned()), [PROMPTS[i] for i in order], [NAMES[i] for i in order], end=end, slots=slots)
+    rows = write(PackedDecoder(tuned()), [PROMPTS[i] for i in order], [NAMES[i] for i in order], end=end, slots=slots)
     assert rows == [cut[i] for i in order]
 
 
 def test_one_adapter_for_all_rows_and_none_at_all(expected):
-    decoder = Decoder(tuned())
+    decoder = PackedDecoder(tuned())
     alone = [write(decoder, [p], [n])[0] for p, n in zip(PROMPTS, NAMES, strict=True)]
     assert alone == expected
 
@@ -115,14 +115,14 @@ def test_one_adapter_for_all_rows_and_none_at_all(expected):
 def test_hidden_states_are_those_of_peft():
     model = tuned()
     oracle = [as_peft(model, name, ids) for name, ids in zip(NAMES, PROMPTS, strict=True)]
-    found = Decoder(tuned()).hidden_states(PROMPTS, NAMES)
+    found = PackedDecoder(tuned()).hidden_states(PROMPTS, NAMES)
     for own, theirs in zip(found, oracle, strict=True):
         torch.testing.assert_close(own, theirs, atol=1e-4, rtol=0)
 
 
 def test_weights_stored_in_bfloat16_give_the_float32_model():
     rounded = tuned(torch.bfloat16)
-    decoder = Decoder(tuned(torch.bfloat16))
+    decoder = PackedDecoder(tuned(torch.bfloat16))
     oracle = [as_peft(rounded.float(), name, ids) for name, ids in zip(NAMES, PROMPTS, strict=True)]
     for own, theirs in zip(decoder.hidden_states(PROMPTS, NAMES), oracle, strict=True):
         torch.testing.assert_close(own, theirs, atol=1e-4, rtol=0)
@@ -152,11 +152,11 @@ def test_tied_embeddings_and_biases():
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
             torch.nn.init.normal_(projection.bias)
     oracle = model.generate(input_ids=torch.tensor([PROMPTS[1]]), max_new_tokens=12, do_sample=False)
-    assert write(Decoder(model), [PROMPTS[1]], ["base"], tokens=12)[0] == oracle[0, len(PROMPTS[1]) :].tolist()
+    assert write(PackedDecoder(model), [PROMPTS[1]], ["base"], tokens=12)[0] == oracle[0, len(PROMPTS[1]) :].tolist()
 
 
 def test_check_ends_it_between_layers_and_between_tokens():
-    decoder, calls = Decoder(tuned()), iter(range(100))
+    decoder, calls = PackedDecoder(tuned()), iter(range(100))
     assert write(decoder, PROMPTS, NAMES, check=lambda: next(calls) == 1) == [[], [], [], []]
     calls = iter(range(100))  # two layers, then a call before each token
     assert [len(row) for row in write(decoder, PROMPTS, NAMES, check=lambda: next(calls) == 5)] == [3, 3, 3, 3]
@@ -164,7 +164,7 @@ def test_check_ends_it_between_layers_and_between_tokens():
 
 @pytest.mark.parametrize("kind", ["dora", "bias", "head", "sliding", "gelu", "rope"])
 def test_what_it_does_not_compute_does_not_fit(kind):
-    assert Decoder.fits(tuned())
+    assert PackedDecoder.fits(tuned())
     if kind == "dora":
         model = tuned(use_dora=True)
     elif kind == "bias":
@@ -180,4 +180,4 @@ def test_what_it_does_not_compute_does_not_fit(kind):
         base.config.layer_types = ["sliding_attention"] * 2 if kind == "sliding" else base.config.layer_types
         if kind == "rope":
             base.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    assert not Decoder.fits(model)
+    assert not PackedDecoder.fits(model)

@@ -11,7 +11,7 @@ from random_adapters import random_adapter
 from tkpo import generation
 from tkpo.attributes import get_axis
 from tkpo.data import make_record, user_message
-from tkpo.decoding import Decoder
+from tkpo.decoding import PackedDecoder
 from tkpo.errors import TKPOError
 from tkpo.generation import OutlineGenerator
 from tkpo.loop_guard import RUN, LoopGuard
@@ -102,9 +102,9 @@ def test_each_yields_every_outline_once_whatever_the_batch(generator, records, b
 def by_transformers(adapters):
     """The same generator by transformers and PEFT, as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Decoder, "fits", staticmethod(lambda model: False))
+        patch.setattr(PackedDecoder, "fits", staticmethod(lambda model: False))
         made = OutlineGenerator("tiny", adapters, "float32", "cpu")
-    assert not isinstance(made._decoder, Decoder)
+    assert not isinstance(made.decoder, PackedDecoder)
     return made
 
 

@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from tkpo import runs
+from tkpo.adapters import adapter_folder, check_base
 from tkpo.attributes import get_axis
 from tkpo.data import annotate, make_record
 from tkpo.errors import TKPOError
+from tkpo.methods import CONTINUED, PAIRWISE
 from tkpo.presets import load_tokenizer, resolve_model
-from tkpo.run_config import CONTINUED, PAIRWISE
-from tkpo.runs import RunConfig, adapter_folder, check_base, last_checkpoint, run
+from tkpo.runs import RunConfig, last_checkpoint, run
 from tkpo.training import encode_record
 
 ROOT = Path(__file__).parents[1]
@@ -364,7 +365,8 @@ def test_validation_logs_the_cross_entropy_of_the_validation_outlines(home, fini
 
 KILLED = """
 import json, os, sys
-from tkpo.runs import RunConfig, import_trl, run
+from tkpo.pairwise import import_trl
+from tkpo.runs import RunConfig, run
 import_trl("dpo")
 while line := sys.stdin.readline():  # a config a line; each run in a process of its own, to be killed
     child = os.fork()

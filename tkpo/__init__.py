@@ -10,7 +10,7 @@ _EXPORTS = {
     "draw_reject_tokens": "loss",
     "tkpo_loss": "loss",
     "fused_reject_tokens": "loss",
-    "TKPOSettings": "modeling_qwen2",
+    "TKPOSettings": "settings",
     "TKPOQwen2ForCausalLM": "modeling_qwen2",
     "patch_qwen2": "modeling_qwen2",
     "PromptFlipper": "flip",

@@ -161,6 +161,11 @@ def record_key(record: dict) -> str:
     return f"{record['id']}/{record['attribute']}/{record['form']}"
 
 
+def sample_order(record: dict) -> bytes:
+    """A fixed shuffle, the same for a data set and its pairs, so that every method sees the same samples."""
+    return hashlib.sha256(record_key(record).encode()).digest()
+
+
 def entry_name(dataset: str, lang: str, split: str, pairs: bool = False) -> str:
     return f"{dataset}_{lang}_{split}" + ("_pairs" if pairs else "")
 

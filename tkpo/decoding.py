@@ -39,7 +39,7 @@ class Stopped(Exception):
     """`check` was true: the forward was given up between two layers."""
 
 
-class Decoder:
+class PackedDecoder:
     """The layers of a Qwen2 with LoRA adapters, repacked for a CPU; takes the weights out of `model`.
 
     model: a Qwen2ForCausalLM or the PeftModel around one, for which `fits` is true. An adapter is asked for by its
@@ -343,7 +343,7 @@ class _Lora:
     With a few adapters of low rank that costs less than taking tokens apart.
     """
 
-    def __init__(self, decoder: Decoder, adapters: list[str]):
+    def __init__(self, decoder: PackedDecoder, adapters: list[str]):
         names = tuple(name for name in decoder.adapters if name in set(adapters))
         numbers = {name: i for i, name in enumerate(names)}
         self._own = torch.tensor([numbers.get(name, -1) for name in adapters])
@@ -373,7 +373,7 @@ class _Cache:
     mask: (slots in use, 1, 1, positions), -inf where a slot has nothing yet; None where all have as many.
     """
 
-    def __init__(self, decoder: Decoder, slots: int, positions: int):
+    def __init__(self, decoder: PackedDecoder, slots: int, positions: int):
         shape = (slots, decoder.kv_heads, positions, decoder.head_dim)  # zeros: what a mask hides must be finite
         self._keys, self._values = ([torch.zeros(shape) for _ in decoder._layers] for _ in range(2))
         self._lengths = torch.zeros(0, dtype=torch.long)

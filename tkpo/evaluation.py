@@ -8,11 +8,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tkpo.attributes import get_axis
-from tkpo.data import annotate, load_records, record_key
+from tkpo.data import annotate, load_records, record_key, sample_order
+from tkpo.environment import environment
 from tkpo.errors import TKPOError
 from tkpo.generation import MAX_NEW_TOKENS, OutlineGenerator
 from tkpo.metrics import evaluate_predictions
-from tkpo.runs import environment, sample_order
 
 
 def test_records(

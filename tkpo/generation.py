@@ -17,19 +17,19 @@ from transformers import (
     AutoConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
+from tkpo.adapters import adapter_folder, check_base, load_with_adapters
 from tkpo.data import user_message
-from tkpo.decoding import Decoder
+from tkpo.decoder import Decoder
+from tkpo.decoding import PackedDecoder
 from tkpo.errors import TKPOError
 from tkpo.loop_guard import LoopGuard
-from tkpo.presets import load_model, load_tokenizer, resolve_model
-from tkpo.runs import adapter_folder, check_base
+from tkpo.presets import load_tokenizer, resolve_model
 
 logger = logging.getLogger(__name__)
 
@@ -73,20 +73,20 @@ class OutlineGenerator:
         for folder in folders.values():
             check_base(folder, model)
         self.adapters = (*folders, BASE)
-        self._decoder = _load(model, folders, dtype, device, self.tokenizer.pad_token_id)
+        self.decoder: Decoder = _load(model, folders, dtype, device, self.tokenizer.pad_token_id)
         self._instructions: dict[str, list[int]] = {}  # instruction → ids of a prompt without input
         self._lock = threading.Lock()
 
     @property
     def lm_head_weight(self) -> Tensor:
         """The output head's weight, (V, H), in the dtype that it is stored in."""
-        return self._decoder.head_weight
+        return self.decoder.head_weight
 
     def hidden_states(self, sequences: list[list[int]], adapter: str) -> list[Tensor]:
         """Last hidden states, (T, H) each, of sequences of token ids under one adapter ("base": none)."""
         names = self._names(sequences, adapter)
         with self._lock:
-            return self._decoder.hidden_states(sequences, names)
+            return self.decoder.hidden_states(sequences, names)
 
     def prompt_ids(self, record: dict) -> list[int]:
         """Token ids of a record's prompt; an input of more than MAX_PROMPT_TOKENS is cut, with a warning."""
@@ -195,7 +195,7 @@ class OutlineGenerator:
             try:
                 with self._lock:
                     end = self.tokenizer.eos_token_id
-                    self._decoder.decode(prompts, names, pick, end, max_new_tokens, check, batch_size, shared)
+                    self.decoder.decode(prompts, names, pick, end, max_new_tokens, check, batch_size, shared)
                 steps.put(None)
             except Exception as error:  # for the thread that reads the steps
                 steps.put(error)
@@ -255,36 +255,21 @@ class _Pick:
         return tokens
 
 
-def _load(model: str, folders: dict[str, Path], dtype, device, pad_id: int) -> Decoder | TransformersDecoder:
+def _load(model: str, folders: dict[str, Path], dtype, device, pad_id: int) -> Decoder:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "auto" and device.type == "cpu":
-        dtype = "float32"  # `Decoder` is quicker than bfloat16 is, also where the CPU has that
+        dtype = "float32"  # `PackedDecoder` is quicker than bfloat16 is, also where the CPU has that
     quick = device.type == "cpu" and str(dtype).removeprefix("torch.") == "float32"
-    # `Decoder` repacks the weights as they are stored: in float32 they would only take time and memory.
+    # `PackedDecoder` repacks the weights as they are stored: in float32 they would only take time and memory.
     stored = AutoConfig.from_pretrained(resolve_model(model)).dtype if quick else None
     whole = load_with_adapters(model, folders, stored or dtype, device)
-    if quick and Decoder.fits(whole):
-        return Decoder(whole)
+    if quick and PackedDecoder.fits(whole):
+        return PackedDecoder(whole)
     return TransformersDecoder(whole.float() if quick else whole, pad_id)
 
 
-def load_with_adapters(model: str, folders: dict[str, Path], dtype, device) -> PreTrainedModel | PeftModel:
-    """The model in eval mode, around it the adapters, name → folder; TKPOError for one that does not fit."""
-    whole = load_model(model, dtype, device)
-    for name, folder in folders.items():
-        try:
-            options = {"adapter_name": name, "low_cpu_mem_usage": True}  # without random weights first
-            if isinstance(whole, PeftModel):
-                whole.load_adapter(str(folder), **options)
-            else:
-                whole = PeftModel.from_pretrained(whole, str(folder), **options)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise TKPOError(f"adapter {folder} does not fit model {model}: {error}") from error
-    return whole.eval()
-
-
 class TransformersDecoder:
-    """What `tkpo.decoding.Decoder` does, for any model and device, by transformers and PEFT."""
+    """What `tkpo.decoding.PackedDecoder` does, for any model and device, by transformers and PEFT."""
 
     def __init__(self, model, pad_id: int):
         self.model = model

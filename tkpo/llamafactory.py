@@ -25,9 +25,10 @@ from tkpo.errors import TKPOError
 from tkpo.flip import PromptFlipper
 from tkpo.loss import IGNORE_INDEX
 from tkpo.machine import avoid_cudnn_attention
-from tkpo.modeling_qwen2 import NO_FLIP, TKPOSettings, patch_qwen2
+from tkpo.modeling_qwen2 import patch_qwen2
 from tkpo.presets import PRESETS, resolve_model
 from tkpo.run_config import RunConfig
+from tkpo.settings import TKPOSettings
 
 CONFIGS = Path(__file__).parent / "configs"
 SECTION = ("axis", "axes_file", "preference_weight", "tau", "num_rejects", "sampler", "reduction")
@@ -145,7 +146,7 @@ class _Check(TrainerCallback):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if not isinstance(base, Qwen2ForCausalLM) or getattr(base, "tkpo", None) is not self.settings:
             raise TKPOError(f"TKPO is written for Qwen2ForCausalLM, this model is {type(base).__name__}")
-        if not self.settings.preference_weight or self.settings.sampler == NO_FLIP:
+        if not self.settings.flips:
             return
         dataset = train_dataloader.dataset
         for number, row in enumerate(dataset if hasattr(dataset, "__len__") else (), 1):  # no: it is streamed

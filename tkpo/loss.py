@@ -18,10 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tkpo.settings import CHUNK_SIZE, NO_FLIP, REDUCTIONS, SAMPLERS, TKPOSettings
+
 IGNORE_INDEX = -100
-REDUCTIONS = ("log_mean", "mean_log")
-SAMPLERS = ("multinomial", "gumbel", "topk", "uniform")
-CHUNK_SIZE = 128  # response positions whose logits exist at the same time
 BLOCK = 256  # at most so many tokens of the vocabulary are a block of the draw
 
 
@@ -29,7 +28,11 @@ BLOCK = 256  # at most so many tokens of the vocabulary are a block of the draw
 
 
 def preference_loss(
-    logits: Tensor, labels: Tensor, reject_tokens: Tensor, tau: float = 0.15, reduction: str = "log_mean"
+    logits: Tensor,
+    labels: Tensor,
+    reject_tokens: Tensor,
+    tau: float = TKPOSettings.tau,
+    reduction: str = TKPOSettings.reduction,
 ) -> Tensor:
     """List-wise Bradley-Terry preference loss of each sequence, shape (B,).
 
@@ -60,8 +63,8 @@ def preference_loss(
 def draw_reject_tokens(
     flipped_logits: Tensor,
     labels: Tensor,
-    num_rejects: int = 20,
-    sampler: str = "multinomial",
+    num_rejects: int = TKPOSettings.num_rejects,
+    sampler: str = TKPOSettings.sampler,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw K distinct reject tokens at every position, never the gold one. Returns (B, T, K) token ids.
@@ -90,7 +93,7 @@ def _draw(scores: Tensor, labels: Tensor, num_rejects: int, sampler: str, genera
             f"num_rejects is {num_rejects}: it must be at least 1 and below the vocabulary's size, {vocabulary}"
         )
     gold = labels.clamp_min(0).unsqueeze(-1)
-    if sampler == "multinomial":
+    if sampler in ("multinomial", NO_FLIP):  # the caller says whose logits they are
         # Tokens that underflow to probability 0 stay drawable, should fewer than K others be left.
         weights = scores.sub_(scores.amax(dim=-1, keepdim=True)).exp_().clamp_min_(1e-30).scatter_(-1, gold, 0.0)
         return _without_replacement(weights.flatten(0, -2), num_rejects, generator).view(*labels.shape, num_rejects)
@@ -170,9 +173,9 @@ def tkpo_loss(
     labels: Tensor,
     weight: Tensor,
     reject_tokens: Tensor | None,
-    tau: float = 0.15,
-    reduction: str = "log_mean",
-    preference_weight: float = 0.5,
+    tau: float = TKPOSettings.tau,
+    reduction: str = TKPOSettings.reduction,
+    preference_weight: float = TKPOSettings.preference_weight,
     chunk_size: int = CHUNK_SIZE,
     num_sequences: Tensor | float | None = None,
 ) -> TKPOLoss:
@@ -224,8 +227,8 @@ def fused_reject_tokens(
     flipped_hidden: Tensor,
     flipped_labels: Tensor,
     weight: Tensor,
-    num_rejects: int = 20,
-    sampler: str = "multinomial",
+    num_rejects: int = TKPOSettings.num_rejects,
+    sampler: str = TKPOSettings.sampler,
     generator: torch.Generator | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:

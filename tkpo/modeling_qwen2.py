@@ -16,40 +16,8 @@ from transformers import Qwen2ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tkpo.errors import TKPOError
-from tkpo.flip import PromptFlipper
-from tkpo.loss import CHUNK_SIZE, IGNORE_INDEX, REDUCTIONS, SAMPLERS, TKPOLoss, fused_reject_tokens, tkpo_loss
-
-NO_FLIP = "no_flip"
-
-
-@dataclass
-class TKPOSettings:
-    """Hyperparameters of the loss and the flip that makes it.
-
-    preference_weight: lambda; 0 is supervised fine-tuning and runs no flipped pass.
-    sampler: one of `tkpo.loss.SAMPLERS`, or "no_flip": drawn from the policy's own distribution (ablation).
-    flipper: needed when forward gets no flipped inputs.
-    """
-
-    preference_weight: float = 0.5
-    tau: float = 0.15
-    num_rejects: int = 20
-    sampler: str = "multinomial"
-    reduction: str = "log_mean"
-    chunk_size: int = CHUNK_SIZE
-    flipper: PromptFlipper | None = None
-
-    def __post_init__(self):
-        if self.sampler not in (*SAMPLERS, NO_FLIP):
-            raise TKPOError(f"unknown sampler {self.sampler!r}; there are: {', '.join((*SAMPLERS, NO_FLIP))}")
-        if self.reduction not in REDUCTIONS:
-            raise TKPOError(f"unknown reduction {self.reduction!r}; there are: {', '.join(REDUCTIONS)}")
-        if not self.tau > 0:
-            raise TKPOError(f"tau must be above 0, not {self.tau}")
-        if self.preference_weight < 0:
-            raise TKPOError(f"preference_weight (lambda) must not be negative, not {self.preference_weight}")
-        if self.num_rejects < 1:
-            raise TKPOError(f"num_rejects (K) must be at least 1, not {self.num_rejects}")
+from tkpo.loss import IGNORE_INDEX, TKPOLoss, fused_reject_tokens, tkpo_loss
+from tkpo.settings import TKPOSettings
 
 
 @dataclass
@@ -94,7 +62,7 @@ def _forward(
     if hasattr(self.lm_head, "lora_A"):
         raise TKPOError("an adapter on lm_head would not be seen: take lm_head out of target_modules")
     draw = {"num_rejects": settings.num_rejects, "chunk_size": settings.chunk_size}
-    flips = bool(settings.preference_weight) and settings.sampler != NO_FLIP
+    flips = settings.flips
     shared = 0
     if flips:
         if not flipped:
@@ -222,7 +190,7 @@ def patch_qwen2(settings: TKPOSettings) -> Callable[[], None]:
     """
     if "tkpo" in vars(Qwen2ForCausalLM):
         raise TKPOError("Qwen2ForCausalLM is patched already: undo that patch first")
-    if settings.flipper is None and settings.preference_weight and settings.sampler != NO_FLIP:
+    if settings.flipper is None and settings.flips:
         raise TKPOError("patch_qwen2 needs settings with a flipper")
     plain = Qwen2ForCausalLM.forward
 

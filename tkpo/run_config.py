@@ -9,13 +9,8 @@ from pathlib import Path
 import yaml
 
 from tkpo.errors import TKPOError
-
-METHODS = ("sft", "tkpo", "dpo", "simpo", "orpo")
-PAIRWISE = ("dpo", "simpo", "orpo")  # trained by TRL on the file of pairs
-CONTINUED = ("dpo", "simpo")  # go on from an SFT adapter; the others start from the base
-# for adapters, where the config gives none:
-LEARNING_RATES = {"sft": 2e-4, "tkpo": 2e-4, "dpo": 1e-5, "simpo": 1e-5, "orpo": 2e-4}
-BETAS = {"simpo": 2.0}  # of the others 0.1
+from tkpo.methods import CONTINUED, METHODS
+from tkpo.settings import REDUCTIONS, SAMPLERS, TKPOSettings
 
 
 @dataclass
@@ -52,11 +47,11 @@ class RunConfig:
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
     deepspeed: str | None = field(default=None, metadata={"help": "DeepSpeed configuration file"})
 
-    preference_weight: float = field(default=0.5, metadata={"help": "tkpo: lambda"})
-    tau: float = field(default=0.15, metadata={"help": "tkpo: temperature"})
-    num_rejects: int = field(default=20, metadata={"help": "tkpo: K"})
-    sampler: str = field(default="multinomial", metadata={"help": "tkpo: multinomial, gumbel, topk, uniform, no_flip"})
-    reduction: str = field(default="log_mean", metadata={"help": "tkpo: log_mean or mean_log"})
+    preference_weight: float = field(default=TKPOSettings.preference_weight, metadata={"help": "tkpo: lambda"})
+    tau: float = field(default=TKPOSettings.tau, metadata={"help": "tkpo: temperature"})
+    num_rejects: int = field(default=TKPOSettings.num_rejects, metadata={"help": "tkpo: K"})
+    sampler: str = field(default=TKPOSettings.sampler, metadata={"help": f"tkpo: {', '.join(SAMPLERS)}"})
+    reduction: str = field(default=TKPOSettings.reduction, metadata={"help": f"tkpo: {' or '.join(REDUCTIONS)}"})
     beta: float | None = field(
         default=None, metadata={"help": "dpo, simpo: beta, orpo: lambda; default 0.1, simpo 2.0"}
     )
@@ -89,9 +84,9 @@ class RunConfig:
         if self.axis is None:
             self.axis = Path(self.dataset).stem
         if self.beta is None:
-            self.beta = BETAS.get(self.method, 0.1)
+            self.beta = METHODS[self.method].beta
         if self.learning_rate is None:
-            self.learning_rate = LEARNING_RATES[self.method] / (10 if self.finetuning == "full" else 1)
+            self.learning_rate = METHODS[self.method].learning_rate / (10 if self.finetuning == "full" else 1)
 
     @classmethod
     def load(cls, path: str | Path | None = None, **overrides) -> RunConfig:

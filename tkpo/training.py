@@ -14,9 +14,10 @@ from tkpo.attributes import get_axis
 from tkpo.data import user_message
 from tkpo.errors import TKPOError
 from tkpo.flip import PromptFlipper, pad_rows
-from tkpo.loss import CHUNK_SIZE, IGNORE_INDEX
+from tkpo.loss import IGNORE_INDEX
 from tkpo.machine import avoid_cudnn_attention
-from tkpo.modeling_qwen2 import NO_FLIP, TKPOQwen2ForCausalLM, TKPOSettings
+from tkpo.modeling_qwen2 import TKPOQwen2ForCausalLM
+from tkpo.settings import CHUNK_SIZE, SAMPLERS, TKPOSettings
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +35,15 @@ class TKPOConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "log every so many steps"})
     axis: str = field(default="language_style", metadata={"help": "axis along which prompts are flipped"})
     axes_file: str | None = field(default=None, metadata={"help": "YAML table of attributes and axes of your own"})
-    preference_weight: float = field(default=0.5, metadata={"help": "lambda, weight of the preference loss"})
-    tau: float = field(default=0.15, metadata={"help": "temperature of the Bradley-Terry preference"})
-    num_rejects: int = field(default=20, metadata={"help": "K, reject tokens at each position"})
-    sampler: str = field(
-        default="multinomial", metadata={"help": "how rejects are drawn: multinomial, gumbel, topk, uniform, no_flip"}
+    preference_weight: float = field(
+        default=TKPOSettings.preference_weight, metadata={"help": "lambda, weight of the preference loss"}
     )
-    reduction: str = field(default="log_mean", metadata={"help": "log_mean or mean_log"})
+    tau: float = field(default=TKPOSettings.tau, metadata={"help": "temperature of the Bradley-Terry preference"})
+    num_rejects: int = field(default=TKPOSettings.num_rejects, metadata={"help": "K, reject tokens at each position"})
+    sampler: str = field(
+        default=TKPOSettings.sampler, metadata={"help": f"how rejects are drawn: {', '.join(SAMPLERS)}"}
+    )
+    reduction: str = field(default=TKPOSettings.reduction, metadata={"help": "log_mean or mean_log"})
     max_length: int = field(default=1024, metadata={"help": "samples are cut to so many tokens"})
     chunk_size: int = field(default=CHUNK_SIZE, metadata={"help": "response positions whose logits exist at a time"})
 
@@ -150,7 +153,7 @@ class TKPOTrainer(Trainer):
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-        flip = settings.flipper if settings.sampler != NO_FLIP else None
+        flip = settings.flipper if settings.flips else None
 
         self._flip = flip.flip_batch if flip else lambda ids, labels, mask: (ids, mask, labels)
 

@@ -11,7 +11,8 @@ import yaml
 
 from tkpo.data import load_records
 from tkpo.errors import TKPOError
-from tkpo.run_config import CONTINUED, METHODS, RunConfig
+from tkpo.methods import CONTINUED, METHODS
+from tkpo.run_config import RunConfig
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 PRESET = "qwen2.5-coder-0.5b"  # the one whose tables and figures the project shows

@@ -21,7 +21,8 @@ from reproduction.grid import Run, evaluation, run_config, sample_count
 from reproduction.store import PAPER, Store, make_record
 from tkpo.data import load_records
 from tkpo.errors import TKPOError
-from tkpo.run_config import PAIRWISE, RunConfig
+from tkpo.methods import PAIRWISE
+from tkpo.run_config import RunConfig
 
 COST = {"base": 0, "sft": 3, "tkpo": 4, "dpo": 8, "simpo": 6, "orpo": 6}  # forward passes a sample
 DECODING = 0.02  # what one written token costs in the same unit, roughly; for the time left only
@@ -282,9 +283,10 @@ def _end_with_parent() -> None:
 
 
 def _predict(task: dict, folder: Path) -> None:
+    from tkpo.adapters import adapter_folder
+    from tkpo.environment import environment
     from tkpo.evaluation import predict, test_records
     from tkpo.generation import OutlineGenerator
-    from tkpo.runs import adapter_folder, environment
 
     wanted = task["evaluation"]
     records, _ = test_records(wanted["dataset"], split=wanted["split"], lang=wanted["lang"], limit=wanted["limit"])
