@@ -6,16 +6,18 @@ import threading
 
 import pytest
 import torch
+from outline_writer import OutlineWriter
 from random_adapters import random_adapter
 
-from tkpo import generation
 from tkpo.attributes import get_axis
 from tkpo.data import make_record, user_message
 from tkpo.decoding import PackedDecoder
 from tkpo.errors import TKPOError
 from tkpo.generation import OutlineGenerator
-from tkpo.loop_guard import RUN, LoopGuard
+from tkpo.loop_guard import GuardedOutline
+from tkpo.outline import is_valid
 from tkpo.presets import load_model, load_tokenizer
+from tkpo.sampling import Pick
 
 AXIS = get_axis("language_style")
 
@@ -50,11 +52,10 @@ def reference(record, adapter=None, tokens=24):
     return out[0, batch["input_ids"].shape[1] :].tolist()
 
 
-def test_a_batch_of_mixed_adapters_writes_what_each_writes_alone(generator, adapters, records, monkeypatch):
-    monkeypatch.setattr(LoopGuard, "banned", lambda self, ids: set())
+def test_a_batch_of_mixed_adapters_writes_what_each_writes_alone(generator, adapters, records):
     names = ["one", "two", "base", "one"]
     rows = [records[0], records[0], records[1], records[1]]
-    texts = generator.generate(rows, names, max_new_tokens=24)
+    texts = generator.generate(rows, names, max_new_tokens=24, guard="none")
     for text, name, record in zip(texts, names, rows, strict=True):
         expected = generator.tokenizer.decode(reference(record, adapters.get(name)), skip_special_tokens=True)
         assert text == expected.strip()
@@ -73,19 +74,6 @@ def test_the_stream_grows_and_ends_with_the_whole(generator, records):
     for before, after in itertools.pairwise(steps[:-1]):
         assert all(b.startswith(a.rstrip("\ufffd")) for a, b in zip(before, after, strict=True))
     assert steps[-1] == generator.generate(records, "one", max_new_tokens=12)
-
-
-def test_a_text_that_would_loop_does_not(generator, records):
-    runs = lambda ids: [tuple(ids[i : i + RUN]) for i in range(len(ids) - RUN + 1)]  # noqa: E731
-    plain = reference(records[0], tokens=200)
-    assert len(set(runs(plain))) < len(runs(plain)), "unguarded, the random model should loop"
-    rows = []
-    generator.loop_guard.banned, banned = lambda ids: rows.append(ids) or banned(ids), generator.loop_guard.banned
-    try:
-        generator.generate([records[0]], "base", max_new_tokens=200)
-    finally:
-        del generator.loop_guard.banned
-    assert len(rows[-1]) > 100 and len(set(runs(rows[-1]))) == len(runs(rows[-1]))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, None])
@@ -119,6 +107,32 @@ def test_the_quick_decoder_and_transformers_write_the_same(generator, by_transfo
     assert by_transformers.generate(rows, names, **options) == slow[-1]
 
 
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_both_decoders_keep_a_looping_model_from_looping(generator, by_transformers, records, monkeypatch, lang):
+    writer, pick = OutlineWriter(generator.tokenizer, 1, lang, length=2), Pick.__call__
+    ids = {}
+
+    def steer(self, logits, rows):
+        if self not in ids:
+            ids[self] = [[] for _ in records]
+        for logit, row in zip(logits, rows, strict=True):
+            logit[:] = writer.logits(ids[self][row], len(logit))
+        tokens = pick(self, logits, rows)
+        for row, token in zip(rows, tokens, strict=True):
+            ids[self][row].append(token)
+        return tokens
+
+    monkeypatch.setattr(Pick, "__call__", steer)
+    free, guarded, slow = (
+        [*g.stream(records, "one", max_new_tokens=400, guard=guard)]
+        for g, guard in ((generator, "none"), (generator, "structure"), (by_transformers, "structure"))
+    )
+    assert guarded == slow and guarded[-1] != free[-1]
+    assert all(map(is_valid, (*free[-1], *guarded[-1])))
+    for before, after in itertools.pairwise(guarded):  # nothing that was shown is taken back
+        assert all(a.startswith(b.rstrip()) for b, a in zip(before, after, strict=True))
+
+
 def test_hidden_states_and_head_give_the_logits(generator, by_transformers, adapters):
     from peft import PeftModel
 
@@ -136,20 +150,20 @@ def test_finished_rows_are_told(generator, by_transformers, records, monkeypatch
     end, vocabulary = generator.tokenizer.eos_token_id, range(len(generator.lm_head_weight))
     first = ord("A")
 
-    def banned(self, ids):  # the first row ends after three tokens
-        wanted = end if len(ids) == 3 and ids[0] == first else None
-        return {v for v in vocabulary if v != wanted} if wanted else {end}
+    def mask(self, logits):  # the first row ends after three tokens
+        ends = len(self._line) == 3 and self._line[0] == first
+        logits[[v for v in vocabulary if (v == end) != ends]] = -torch.inf  # that token alone, or any other
 
-    monkeypatch.setattr(LoopGuard, "banned", banned)
-    pick = generation._Pick.__call__
+    monkeypatch.setattr(GuardedOutline, "mask", mask)
+    pick = Pick.__call__
 
     def steer(self, logits, rows):
         for logit, row in zip(logits, rows, strict=True):
-            if not self._ids[row]:
+            if not self._outlines[row]._line:
                 logit[first if row == 0 else first + 1] = 1e6
         return pick(self, logits, rows)
 
-    monkeypatch.setattr(generation._Pick, "__call__", steer)
+    monkeypatch.setattr(Pick, "__call__", steer)
     for made in (generator, by_transformers):
         *_, last = made.stream(records, "base", max_new_tokens=6)
         assert last.finished == [True, False] and last.tokens == [3, 6]
@@ -187,10 +201,13 @@ def test_should_stop_is_asked_while_prompts_are_read(generator, records):
 
 
 def test_it_stops_at_the_end_of_turn_token(generator, records, monkeypatch):
-    vocabulary = set(range(len(generator.lm_head_weight)))
-    only = lambda token: vocabulary - {token}  # noqa: E731
     end = generator.tokenizer.eos_token_id
-    monkeypatch.setattr(LoopGuard, "banned", lambda self, ids: only(end if len(ids) == 3 else 70))
+
+    def mask(self, logits):
+        wanted = end if len(self._line) == 3 else 70
+        logits[[v for v in range(len(logits)) if v != wanted]] = -torch.inf
+
+    monkeypatch.setattr(GuardedOutline, "mask", mask)
     assert generator.generate([records[0]], "base", max_new_tokens=50) == [generator.tokenizer.decode([70] * 3)]
 
 

@@ -81,9 +81,7 @@ def _add_generate(commands) -> None:
     )
     p.add_argument("--axis", help="which axis's adapters to use for a style that is in two; default the first")
     _model_flags(p)
-    p.add_argument("--max-new-tokens", type=int, default=384, metavar="N", help="default 384")
-    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="for a temperature above 0; default 0")
+    _decoding_flags(p)
     p.add_argument("--json", action="store_true", help="print one JSON object {adapter: outline}")
     p.set_defaults(run=_generate)
 
@@ -98,8 +96,7 @@ def _generate(args) -> None:
         raise TKPOError("give --topic, --article or both: there is nothing to outline")
     if not topic:
         topic = article.strip().splitlines()[0][:80]
-    if args.temperature < 0 or args.max_new_tokens < 1:
-        raise TKPOError("--temperature must not be negative and --max-new-tokens must be at least 1")
+    decoding = _decoding(args)
     axis = get_axis(args.axis, args.axes_file) if args.axis else axis_of(args.style, args.axes_file)
     record = make_record(axis, args.style, topic, article, args.lang)
     folders = _adapters(args.adapters or ["sft", "dpo", "tkpo"], axis.name)
@@ -109,8 +106,7 @@ def _generate(args) -> None:
     real = {name: folder for name, folder in folders.items() if name != BASE}
     generator = OutlineGenerator(args.model, real, args.dtype, args.device)
     names = list(folders)
-    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
-    stream = generator.stream([record] * len(names), names, **options)
+    stream = generator.stream([record] * len(names), names, **dataclasses.asdict(decoding))
     if args.json:
         *_, texts = stream
         print(json.dumps(dict(zip(names, texts, strict=True)), ensure_ascii=False, indent=2))
@@ -288,7 +284,7 @@ def _add_evaluate(commands) -> None:
     p.add_argument("--data-dir", help="folder with dataset_info.json; default data")
     _model_flags(p)
     p.add_argument("--batch-size", type=int, default=8, metavar="N", help="default 8")
-    p.add_argument("--max-new-tokens", type=int, default=384, metavar="N", help="default 384")
+    _decoding_flags(p)
     p.set_defaults(run=_evaluate)
 
 
@@ -369,6 +365,33 @@ def _fetch(args) -> None:
 
     for model in args.models:
         print(f"{model}: {resolve_model(model)}")
+
+
+def _decoding_flags(p) -> None:
+    """The fields of `tkpo.sampling.Decoding`, which must not be imported before a command needs it."""
+    p.add_argument("--max-new-tokens", type=int, default=384, metavar="N", help="default 384")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    p.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="with a temperature: drop tokens less likely than P times the likeliest; default 0: top-p 0.95",
+    )
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="for a temperature above 0; default 0")
+    p.add_argument(
+        "--guard",
+        choices=("structure", "none"),
+        default="structure",
+        help="structure (default) ends outlines and headings that go round in circles; none",
+    )
+
+
+def _decoding(args):
+    """TKPOError for a value outside its range."""
+    from tkpo.sampling import Decoding
+
+    return Decoding(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Decoding)})
 
 
 def _model_flags(p) -> None:

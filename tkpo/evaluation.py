@@ -11,8 +11,9 @@ from tkpo.attributes import get_axis
 from tkpo.data import annotate, load_records, record_key, sample_order
 from tkpo.environment import environment
 from tkpo.errors import TKPOError
-from tkpo.generation import MAX_NEW_TOKENS, OutlineGenerator
+from tkpo.generation import OutlineGenerator
 from tkpo.metrics import evaluate_predictions
+from tkpo.sampling import MAX_NEW_TOKENS
 
 
 def test_records(

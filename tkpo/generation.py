@@ -19,8 +19,6 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from tkpo.adapters import adapter_folder, check_base, load_with_adapters
@@ -30,14 +28,13 @@ from tkpo.decoding import PackedDecoder
 from tkpo.errors import TKPOError
 from tkpo.loop_guard import LoopGuard
 from tkpo.presets import load_tokenizer, resolve_model
+from tkpo.sampling import Decoding, Pick
 
 logger = logging.getLogger(__name__)
 
 BASE = "base"  # the name under which the model without adapter is asked for
 PEFT_BASE = "__base__"  # PEFT's name for the same in a batch of mixed adapters
-MAX_NEW_TOKENS = 384
 MAX_PROMPT_TOKENS = 3072
-TOP_P = 0.95  # of sampling
 
 
 class Outlines(list):
@@ -124,11 +121,10 @@ class OutlineGenerator:
         self,
         records: list[dict],
         adapters: str | list[str],
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        temperature: float = 0.0,
-        seed: int = 0,
+        *,
         should_stop: Callable[[], bool] | None = None,
         batch_size: int | None = None,
+        **decoding,
     ) -> Iterator[tuple[int, str]]:
         """Yield (number of the record, its whole outline) as the outlines are finished; options as in `stream`.
 
@@ -138,12 +134,12 @@ class OutlineGenerator:
         names = self._names(records, adapters)
         ids: list[list[int]] = [[] for _ in records]
         told = set()
-        options = (max_new_tokens, temperature, seed, should_stop, batch_size)
-        with contextlib.closing(self._steps(records, names, *options)) as steps:
+        settings = Decoding(**decoding)
+        with contextlib.closing(self._steps(records, names, settings, should_stop, batch_size)) as steps:
             for row, token in (pair for step in steps for pair in step.items()):
                 if token != self.tokenizer.eos_token_id:
                     ids[row].append(token)
-                if token == self.tokenizer.eos_token_id or len(ids[row]) == max_new_tokens:
+                if token == self.tokenizer.eos_token_id or len(ids[row]) == settings.max_new_tokens:
                     told.add(row)
                     yield row, self._text(ids[row], whole=True)
         for row in range(len(records)):
@@ -154,22 +150,24 @@ class OutlineGenerator:
         self,
         records: list[dict],
         adapters: str | list[str],
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        temperature: float = 0.0,
-        seed: int = 0,
+        *,
         should_stop: Callable[[], bool] | None = None,
+        **decoding,
     ) -> Iterator[Outlines]:
         """Yield the outlines so far, one text a record, after every token; the last yield is the whole.
 
-        temperature 0 is greedy; otherwise the same seed gives the same outlines. Ends at the end-of-turn token. None
-        repeats a heading or a run of tokens of its own: see `tkpo.loop_guard`. should_stop: asked before every token
-        and, while the prompts are read, before every layer. Closing the iterator stops the generation too.
+        An outline ends at the end-of-turn token. Closing the iterator stops the generation.
+
+        Args:
+            records: what to outline, without output.
+            adapters: one name for all, or one for each record.
+            should_stop: asked before every token and, while the prompts are read, before every layer.
+            decoding: `tkpo.sampling.Decoding`'s settings: max_new_tokens, temperature, min_p, seed, guard.
         """
         names = self._names(records, adapters)
         ids: list[list[int]] = [[] for _ in records]
         finished = [False] * len(records)
-        options = (max_new_tokens, temperature, seed, should_stop)
-        with contextlib.closing(self._steps(records, names, *options)) as steps:
+        with contextlib.closing(self._steps(records, names, Decoding(**decoding), should_stop)) as steps:
             for step in steps:
                 for row, token in step.items():
                     finished[row] = token == self.tokenizer.eos_token_id
@@ -179,7 +177,7 @@ class OutlineGenerator:
         yield Outlines([self._text(row, whole=True) for row in ids], finished, [len(row) for row in ids])
 
     def _steps(
-        self, records, names, max_new_tokens, temperature, seed, should_stop, batch_size=None
+        self, records, names, settings: Decoding, should_stop, batch_size: int | None = None
     ) -> Iterator[dict[int, int]]:
         """{row: token} of each step, written by a thread of its own, which ends with this iterator."""
         if not records:
@@ -188,14 +186,14 @@ class OutlineGenerator:
         shared = [self.shared_tokens(record, ids) for record, ids in zip(records, prompts, strict=True)]
         cancelled = threading.Event()
         steps: queue.SimpleQueue = queue.SimpleQueue()
-        pick = _Pick(self.loop_guard, len(records), temperature, seed, steps.put)
+        pick = Pick(self.loop_guard, len(records), settings, steps.put)
         check = lambda: cancelled.is_set() or bool(should_stop and should_stop())  # noqa: E731
 
         def work() -> None:
             try:
                 with self._lock:
                     end = self.tokenizer.eos_token_id
-                    self.decoder.decode(prompts, names, pick, end, max_new_tokens, check, batch_size, shared)
+                    self.decoder.decode(prompts, names, pick, end, settings.max_new_tokens, check, batch_size, shared)
                 steps.put(None)
             except Exception as error:  # for the thread that reads the steps
                 steps.put(error)
@@ -223,36 +221,6 @@ class OutlineGenerator:
     def _text(self, ids: list[int], whole: bool = False) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text.strip() if whole else text.lstrip().rstrip("\ufffd")  # a character that is still incomplete
-
-
-class _Pick:
-    """Chooses each row's next token from its logits, greedily or by drawing, and tells it to `told`."""
-
-    def __init__(self, guard: LoopGuard, rows: int, temperature: float, seed: int, told: Callable[[dict], None]):
-        self._guard = guard
-        self._ids: list[list[int]] = [[] for _ in range(rows)]
-        self._warp = [TemperatureLogitsWarper(float(temperature)), TopPLogitsWarper(TOP_P)] if temperature > 0 else []
-        # A generator a row: what a row draws does not depend on when the others end.
-        self._generators = [torch.Generator().manual_seed(seed + row) for row in range(rows)]
-        self._told = told
-
-    def __call__(self, logits: Tensor, rows: list[int]) -> list[int]:
-        """logits: (n, V), of these rows of the batch; they are changed."""
-        for logit, row in zip(logits, rows, strict=True):
-            if banned := self._guard.banned(self._ids[row]):
-                logit[list(banned)] = -torch.inf
-        if self._warp:
-            for warp in self._warp:
-                logits = warp(None, logits)
-            probs = logits.float().softmax(dim=-1).cpu()
-            drawn = (torch.multinomial(p, 1, generator=self._generators[r]) for p, r in zip(probs, rows, strict=True))
-            tokens = [int(token) for token in drawn]
-        else:
-            tokens = logits.argmax(dim=-1).tolist()
-        for row, token in zip(rows, tokens, strict=True):
-            self._ids[row].append(token)
-        self._told(dict(zip(rows, tokens, strict=True)))
-        return tokens
 
 
 def _load(model: str, folders: dict[str, Path], dtype, device, pad_id: int) -> Decoder:

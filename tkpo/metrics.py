@@ -1,7 +1,5 @@
 """Scores of generated outlines: ROUGE and BLEU, control accuracy, structure, and gains with intervals."""
 
-import logging
-import warnings
 from collections.abc import Sequence
 from functools import cache
 
@@ -14,14 +12,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline, make_union
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
+from tkpo.chinese import cut
 from tkpo.errors import TKPOError
 from tkpo.outline import check_lang, is_valid, obeys_detail, parse
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # jieba 0.42.1 warns about its own source on newer Pythons
-    import jieba
-
-jieba.setLogLevel(logging.WARNING)  # no "Building prefix dict" on standard error
 
 ROUGES = {"rouge-1": "rouge1", "rouge-2": "rouge2", "rouge-l": "rougeL"}  # our names → rouge-score's
 TEXT_SCORES = (*ROUGES, "bleu-4")
@@ -55,7 +48,7 @@ def rouge_bleu(prediction: str, reference: str, lang: str) -> dict[str, float]:
     if not prediction.strip() or not reference.strip():
         return dict.fromkeys(TEXT_SCORES, 0.0)
     if lang == "zh":
-        rouge = Rouge().get_scores(" ".join(jieba.cut(prediction)), " ".join(jieba.cut(reference)))[0]
+        rouge = Rouge().get_scores(" ".join(cut(prediction)), " ".join(cut(reference)))[0]
         scores = {name: rouge[name]["f"] for name in ROUGES}
         words, reference_words = list(prediction), list(reference)
     else:

@@ -1,6 +1,8 @@
 """Read an outline's text into headings and sub-headings, and judge its level of detail."""
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tkpo.errors import TKPOError
@@ -9,6 +11,18 @@ TOP = re.compile(r"([1-9][0-9]*)\. (\S.*\S|\S)")
 SUB = re.compile(r"   ([1-9][0-9]*)\.([1-9][0-9]*) (\S.*\S|\S)")
 # Marks that act as Markdown; "C#" and "snake_case" are plain text.
 MARKDOWN = re.compile(r"[*`]|(?<!\w)[#_]|_(?!\w)|\]\(")
+
+# What stands before a heading's words: `1. `, `   1.1 `, also while it is being written.
+NUMBERING = re.compile(r"\s*[0-9]+\.(?:[0-9]+(?:\.[0-9]+)*\.?(?![0-9A-Za-z]))?\s*")
+# The same with the marks of Markdown lists and other ways of numbering, which models write too.
+OTHER_NUMBERING = r"[0-9]+[)）、．]\s*|[(（]?[一二三四五六七八九十]+[)）、]\s*"
+MARKS = re.compile(rf"\s*(?:[-*•#]+\s+)?(?:{NUMBERING.pattern}|{OTHER_NUMBERING})?")
+# A Chinese character is a word; other words may hold apostrophes and hyphens.
+CHINESE = "\u3400-\u9fff\U00020000-\U0003ffff"
+WORD = re.compile(rf"[{CHINESE}]|[^\W_{CHINESE}]+(?:['’-][^\W_{CHINESE}]+)*")
+
+REPEATED = 0.6  # share of its words that a heading has in common with an earlier one which it repeats
+LOOP = 3  # repeating headings of a looping outline, at the least; they are also at least half of its headings
 
 CONCISE_LENGTH = {"en": 6, "zh": 14}
 
@@ -79,6 +93,37 @@ def is_valid(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words of a heading, without case and punctuation; a Chinese character is one word."""
+    return tuple(WORD.findall(text.casefold()))
+
+
+def is_chinese(character: str) -> bool:
+    """Whether it is one Chinese character."""
+    return bool(re.fullmatch(f"[{CHINESE}]", character))
+
+
+def headings_of(text: str) -> list[str]:
+    """What the lines of any text say, without numbers, list marks and indentation; blank lines are left out."""
+    lines = (line[MARKS.match(line).end() :].strip() for line in text.splitlines())
+    return [line for line in lines if line]
+
+
+def repeats(headings: Sequence[tuple[str, ...]]) -> list[bool]:
+    """Whether each heading, given as its words, shares `REPEATED` of them with one earlier heading."""
+    counts = [Counter(heading) for heading in headings]
+    return [
+        bool(heading) and any((own & earlier).total() >= REPEATED * len(heading) for earlier in counts[:number])
+        for number, (heading, own) in enumerate(zip(headings, counts, strict=True))
+    ]
+
+
+def loops(headings: Sequence[tuple[str, ...]]) -> bool:
+    """Whether an outline goes round in circles: `LOOP` of its headings, and at least half, repeat earlier ones."""
+    repeating = sum(repeats(headings))
+    return repeating >= LOOP and 2 * repeating >= len(headings)
 
 
 def check_lang(lang: str) -> None:
