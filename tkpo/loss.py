@@ -152,20 +152,25 @@ def _with_replacement(weights: Tensor, count: int, generator: torch.Generator | 
 
 @dataclass
 class TKPOLoss:
-    """What `tkpo_loss` returns; every field is a scalar tensor, means over the sequences with a response.
+    """What `tkpo_loss` returns; every field but `token_losses` is a scalar tensor, a mean over the sequences with a
+    response.
 
-    loss: cross_entropy + preference_weight * preference, differentiable.
-    cross_entropy, preference: its two terms, detached.
+    loss: cross_entropy + preference_weight * preference + contrast_weight * contrast, differentiable.
+    cross_entropy, preference, contrast: its terms, detached.
     reward: mean r_t over response positions. accuracy: share of response positions whose gold probability
     beats every reject's. num_sequences: sequences that had a response.
+    token_losses: (N,), differentiable: each response position's cross-entropy plus its sequence's weighted other
+    terms, for trainers that average over tokens themselves.
     """
 
     loss: Tensor
     cross_entropy: Tensor
     preference: Tensor
+    contrast: Tensor
     reward: Tensor
     accuracy: Tensor
     num_sequences: Tensor
+    token_losses: Tensor
 
 
 def tkpo_loss(
@@ -178,16 +183,32 @@ def tkpo_loss(
     preference_weight: float = TKPOSettings.preference_weight,
     chunk_size: int = CHUNK_SIZE,
     num_sequences: Tensor | float | None = None,
+    *,
+    sequence_ids: Tensor | None = None,
+    flipped_states: Tensor | None = None,
+    contrast_weight: float = TKPOSettings.contrast_weight,
+    contrast_beta: float = TKPOSettings.contrast_beta,
+    contrast_positions: str = TKPOSettings.contrast_positions,
+    softcap: float | None = None,
 ) -> TKPOLoss:
-    """Cross-entropy plus preference loss from hidden states, without ever holding (B, T, V).
+    """Cross-entropy plus preference (and prompt-contrast) loss from hidden states, without ever holding (B, T, V).
 
     hidden: (B, T, H), last hidden states; `hidden[:, t]` predicts `labels[:, t]`.
-    labels: (B, T), -100 outside the response. weight: (V, H), the output head's weight, with or without grad.
+    labels: (B, T), -100 outside the response.
+    weight: (V, H), the output head's weight, with or without grad.
     reject_tokens: (N, K), as `fused_reject_tokens` draws them, for the N response positions in row-major order;
-    None (or preference_weight 0) leaves the preference term out: supervised fine-tuning.
-    num_sequences: what to divide the sum over sequences by; default the sequences here that have a response.
+        None (or preference_weight 0) leaves the preference term out.
+    tau, reduction: as in `preference_loss`.
+    chunk_size: response positions whose logits exist at a time.
+    num_sequences: what to divide the sum over sequences by; default: the sequences here that have a response.
+    sequence_ids: (B, T), which sequence, from 0, each position belongs to, where a row holds several; default: its row.
+    flipped_states: (N, H), the hidden states that predict the same N response tokens under the flipped prompt; they
+        are needed for the prompt contrast, `prompt_contrast_loss`, and left unread where contrast_weight is 0.
+    contrast_beta, contrast_positions: as in `prompt_contrast_loss`.
+    softcap: c of a head whose logits are c * tanh(W h / c), as Gemma 2's.
+
     A sequence without response adds nothing; a batch of such gives 0 that is still connected to `hidden`.
-    Each sequence's cross-entropy is the mean over its response tokens.
+    Each sequence's cross-entropy is the mean over its response tokens. Raises ValueError for wrong shapes.
     """
     _check_reduction(reduction)
     if hidden.shape[:2] != labels.shape or hidden.shape[-1] != weight.shape[-1]:
@@ -196,30 +217,74 @@ def tkpo_loss(
             f"{tuple(labels.shape)}, {tuple(weight.shape)}"
         )
     mask = labels != IGNORE_INDEX
-    rows = mask.nonzero()[:, 0]
+    rows = mask.nonzero()[:, 0] if sequence_ids is None else sequence_ids[mask]
+    batch = len(labels) if sequence_ids is None else int(sequence_ids.max()) + 1
+    states, gold = hidden[mask], labels[mask].unsqueeze(-1)
     with_preference = reject_tokens is not None and preference_weight != 0
-    gold = labels[mask].unsqueeze(-1)
-    if with_preference and reject_tokens.shape[:1] != rows.shape:
-        raise ValueError(
-            f"{len(rows)} response positions but reject tokens for {reject_tokens.shape[0]}: the flipped "
-            "sequences must hold the same responses"
-        )
+    for name, value in (("reject tokens", reject_tokens), ("flipped states", flipped_states)):
+        if value is not None and value.shape[:1] != rows.shape:
+            raise ValueError(
+                f"{len(rows)} response positions but {name} for {value.shape[0]}: the flipped sequences must hold the "
+                "same responses"
+            )
     candidates = torch.cat([gold, reject_tokens], dim=-1) if with_preference else gold
-    cross_entropy, log_rewards, wins = TokenTerms.apply(hidden[mask], weight, candidates, tau, chunk_size)
+    cross_entropy, log_rewards, wins = TokenTerms.apply(states, weight, candidates, tau, chunk_size, softcap)
 
-    present = mask.any(dim=1)
+    present = torch.zeros(batch, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)
     count = present.sum().clamp_min(1) if num_sequences is None else num_sequences
-    ce = _sequence_mean(cross_entropy, rows, len(labels)).sum() / count
-    zero = ce.new_zeros(())
-    loss, preference, reward, accuracy = ce, zero, zero, zero
-    if with_preference:
-        preference = _reduce(log_rewards, rows, len(labels), reduction).sum() / count
-        loss = ce + preference_weight * preference
-        if len(rows):
-            reward, accuracy = log_rewards.exp().mean(), wins.mean()
-    if not len(rows):
-        loss = loss + hidden.sum() * 0
-    return TKPOLoss(loss, ce.detach(), preference.detach(), reward.detach(), accuracy.detach(), present.sum().detach())
+    zero = cross_entropy.new_zeros(batch)
+    preference = _reduce(log_rewards, rows, batch, reduction) if with_preference else zero
+    contrast = zero
+    if contrast_weight and flipped_states is not None:
+        flipped_ce, *_ = TokenTerms.apply(flipped_states, weight, gold, tau, chunk_size, softcap)
+        weights = None
+        if contrast_positions == "total_variation":
+            weights = total_variation(states, flipped_states, weight, chunk_size, softcap)
+        contrast = prompt_contrast_loss(-cross_entropy, -flipped_ce, rows, batch, contrast_beta, weights)
+        contrast = torch.where(present, contrast, 0.0)
+    ce = _sequence_mean(cross_entropy, rows, batch)
+    others = preference_weight * preference + contrast_weight * contrast
+    terms = [term.sum() / count for term in (ce + others, ce, preference, contrast)]
+    shares = [log_rewards.exp().mean(), wins.mean()] if with_preference and len(rows) else [zero.sum(), zero.sum()]
+    loss = terms[0] if len(rows) else terms[0] + hidden.sum() * 0
+    detached = (term.detach() for term in (*terms[1:], *shares, present.sum()))
+    return TKPOLoss(loss, *detached, token_losses=cross_entropy + others[rows])
+
+
+def prompt_contrast_loss(
+    log_probs: Tensor,
+    flipped_log_probs: Tensor,
+    rows: Tensor,
+    batch: int,
+    beta: float = TKPOSettings.contrast_beta,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Prompt contrast of each sequence, (B,): -log sigmoid(beta * sum_t w_t [log p(y_t|x) - log p(y_t|x~)]).
+
+    Not in the paper. The same response is to be likelier under its own prompt x than under the flipped prompt x~, which
+    raises the mutual information of attribute and response without a second response.
+
+    log_probs, flipped_log_probs: (N,), the gold tokens' log-probabilities under the true and the flipped prompt.
+    rows: (N,), the sequence of each position. batch: B, how many sequences there are.
+    beta: inverse temperature. weights: (N,), w_t, without gradient; default 1.
+    """
+    gaps = log_probs - flipped_log_probs
+    gaps = gaps if weights is None else gaps * weights
+    return torch.nn.functional.softplus(-beta * gaps.new_zeros(batch).index_add(0, rows, gaps))
+
+
+@torch.no_grad()
+def total_variation(
+    states: Tensor, flipped_states: Tensor, weight: Tensor, chunk_size: int = CHUNK_SIZE, softcap: float | None = None
+) -> Tensor:
+    """Total variation, (N,) in 0...1, between the next-token distributions of two hidden states (N, H) each."""
+    head, accumulate = weight.to(states.dtype), _sum_dtype(states.dtype)
+    chunks = zip(states.split(chunk_size), flipped_states.split(chunk_size), strict=True)
+    distances = [
+        (_logits(ours, head, softcap).softmax(dim=-1) - _logits(theirs, head, softcap).softmax(dim=-1)).abs().sum(-1) / 2
+        for ours, theirs in chunks
+    ]
+    return torch.cat(distances) if distances else states.new_empty(0, dtype=accumulate)
 
 
 @torch.no_grad()
@@ -231,13 +296,17 @@ def fused_reject_tokens(
     sampler: str = TKPOSettings.sampler,
     generator: torch.Generator | None = None,
     chunk_size: int = CHUNK_SIZE,
+    softcap: float | None = None,
 ) -> Tensor:
-    """`draw_reject_tokens` from hidden states (B, T, H) at response positions only: returns (N, K) token ids."""
+    """`draw_reject_tokens` from hidden states (B, T, H) at response positions only: returns (N, K) token ids.
+
+    softcap: as in `tkpo_loss`; the other arguments as in `draw_reject_tokens`.
+    """
     mask = flipped_labels != IGNORE_INDEX
     states, gold = flipped_hidden[mask], flipped_labels[mask]
-    head, accumulate = weight.to(states.dtype), _sum_dtype(states.dtype)
+    head = weight.to(states.dtype)
     drawn = [
-        _draw((chunk @ head.T).to(accumulate), labels, num_rejects, sampler, generator)
+        _draw(_logits(chunk, head, softcap), labels, num_rejects, sampler, generator)
         for chunk, labels in zip(states.split(chunk_size), gold.split(chunk_size), strict=True)
         if len(chunk)
     ]
@@ -254,11 +323,12 @@ class TokenTerms(torch.autograd.Function):
 
     so that both gradients in h need one dense product, u = W^T p, and K + 1 rows of W. With a frozen W (LoRA)
     they are worked out in the forward pass, from the logits at hand: backward is two scalings. With a trained W
-    backward makes each chunk's logits again, and the gradient of W with them.
+    backward makes each chunk's logits again, and the gradient of W with them. A soft cap, z = c tanh(W h / c), puts
+    its slope 1 - (z / c)^2 beside each entry of these gradients.
     """
 
     @staticmethod
-    def forward(ctx, states, weight, candidates, tau, chunk_size):
+    def forward(ctx, states, weight, candidates, tau, chunk_size, softcap=None):
         head = weight.to(states.dtype)
         frozen = states.requires_grad and not weight.requires_grad
         accumulate = _sum_dtype(states.dtype)
@@ -268,19 +338,22 @@ class TokenTerms(torch.autograd.Function):
         ce_grad, reward_grad = (torch.empty_like(states) if frozen else None for _ in range(2))
         for start in range(0, count, chunk_size):
             part = slice(start, start + chunk_size)
-            log_norm, probs, picked = _chunk_probs(states[part], head, candidates[part])
+            log_norm, probs, picked, bends = _chunk_probs(states[part], head, candidates[part], softcap)
             log_shares = (picked / tau).log_softmax(dim=-1)
             log_reward[part] = log_shares[:, 0]
             wins[part] = (picked[:, :1] > picked[:, 1:]).all(dim=-1).to(accumulate)
             ce[part] = log_norm
             if frozen:
                 rows = head[candidates[part]].to(accumulate)  # (n, K+1, H)
+                if bends is not None:
+                    rows *= bends.gather(-1, candidates[part]).unsqueeze(-1)
+                    probs *= bends
                 mean_row = (probs.to(states.dtype) @ head).to(accumulate)  # u
                 slopes = _reward_slopes(picked, log_shares, tau)
                 ce_grad[part] = (mean_row - rows[:, 0]).to(states.dtype)
                 mixed = torch.bmm(slopes.unsqueeze(1), rows).squeeze(1)
                 reward_grad[part] = (mixed - slopes.sum(-1, keepdim=True) * mean_row).to(states.dtype)
-        ctx.frozen, ctx.tau, ctx.chunk_size = frozen, tau, chunk_size
+        ctx.frozen, ctx.tau, ctx.chunk_size, ctx.softcap = frozen, tau, chunk_size, softcap
         if frozen:
             ctx.save_for_backward(ce_grad, reward_grad)
         else:
@@ -293,36 +366,45 @@ class TokenTerms(torch.autograd.Function):
         if ctx.frozen:
             ce_grad, reward_grad = ctx.saved_tensors
             scale = ce_scale.unsqueeze(-1).to(ce_grad.dtype), reward_scale.unsqueeze(-1).to(ce_grad.dtype)
-            return scale[0] * ce_grad + scale[1] * reward_grad, None, None, None, None
+            return scale[0] * ce_grad + scale[1] * reward_grad, None, None, None, None, None
         states, weight, candidates = ctx.saved_tensors
         head = weight.to(states.dtype)
         states_grad = torch.empty_like(states)
         weight_grad = torch.zeros_like(weight, dtype=_sum_dtype(weight.dtype))
         for start in range(0, len(states), ctx.chunk_size):
             part = slice(start, start + ctx.chunk_size)
-            _, probs, picked = _chunk_probs(states[part], head, candidates[part])
+            _, probs, picked, bends = _chunk_probs(states[part], head, candidates[part], ctx.softcap)
             slopes = _reward_slopes(picked, (picked / ctx.tau).log_softmax(dim=-1), ctx.tau)
             slopes = slopes * reward_scale[part].unsqueeze(-1)
             slopes[:, 0] -= ce_scale[part]  # the - e_gold of cross-entropy
             logits_grad = probs.mul_(-slopes.sum(-1, keepdim=True)).scatter_add_(-1, candidates[part], slopes)
-            logits_grad = logits_grad.to(states.dtype)
+            logits_grad = (logits_grad if bends is None else logits_grad.mul_(bends)).to(states.dtype)
             states_grad[part] = logits_grad @ head
             if weight_grad.dtype == states.dtype:
                 weight_grad.addmm_(logits_grad.T, states[part])  # without a second tensor of its size
             else:
                 weight_grad += logits_grad.T @ states[part]
-        return states_grad, weight_grad.to(weight.dtype), None, None, None
+        return states_grad, weight_grad.to(weight.dtype), None, None, None, None
 
 
-def _chunk_probs(states: Tensor, head: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(-log p(gold) (n,), probabilities (n, V), the candidates' probabilities (n, K+1))."""
+def _logits(states: Tensor, head: Tensor, softcap: float | None) -> Tensor:
+    """(n, V) in the dtype of sums."""
     logits = (states @ head.T).to(_sum_dtype(states.dtype))
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _chunk_probs(
+    states: Tensor, head: Tensor, candidates: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(-log p(gold) (n,), probabilities (n, V), the candidates' probabilities (n, K+1), the soft cap's slopes (n, V))."""
+    logits = _logits(states, head, softcap)
+    bends = None if softcap is None else 1 - (logits / softcap) ** 2
     logits -= logits.amax(dim=-1, keepdim=True)
     gold = logits.gather(-1, candidates[:, :1])
     probs = logits.exp_()  # in place: a chunk's logits are the largest tensor there is
     total = probs.sum(dim=-1, keepdim=True)
     probs /= total
-    return (total.log() - gold).squeeze(-1), probs, probs.gather(-1, candidates)
+    return (total.log() - gold).squeeze(-1), probs, probs.gather(-1, candidates), bends
 
 
 def _reward_slopes(picked: Tensor, log_shares: Tensor, tau: float) -> Tensor:

@@ -1,0 +1,170 @@
+"""Rows in which samples share what they have in common: an article is read once for all its styles.
+
+A row is `[prefix | branch 1 | … | branch n]`, several such groups one after the other. Every token has an article
+number (its group) and a branch number: 0 in a prefix, else from 1 over the whole row. A token sees the earlier tokens
+of its own branch and of its group's prefix, and positions go on from the prefix: hidden states, losses and gradients
+are those of separate rows (the idea: arXiv 2410.20305, for pairs). Flipped branches go on from the same prefixes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tkpo.errors import TKPOError
+from tkpo.loss import IGNORE_INDEX
+
+MIN_SHARE = 0.5  # samples are grouped where at least so much of their prompts is alike
+
+# ---- grouping ------------------------------------------------------------------------------------------
+
+
+def group_by_prefix(samples: list[dict], most: int) -> list[list[int]]:
+    """Numbers of the samples that share their leading tokens, at most `most` a group, in the samples' order.
+
+    samples: rows with `input_ids` and `labels`. Two samples belong together where at least half of either prompt is
+    alike, whatever it holds: nothing is known of articles here.
+    """
+    order = sorted(range(len(samples)), key=lambda i: samples[i]["input_ids"])
+    groups: list[list[int]] = []
+    shared = 0
+    for i in order:
+        ids = samples[i]["input_ids"]
+        if groups:
+            first = groups[-1][0]
+            alike = min(shared, _alike(samples[first]["input_ids"], ids))
+            if len(groups[-1]) < most and alike >= MIN_SHARE * max(_prompt_length(samples[j]) for j in (first, i)):
+                groups[-1].append(i)
+                shared = alike
+                continue
+        groups.append([i])
+        shared = len(ids)
+    return sorted((sorted(group) for group in groups), key=lambda group: group[0])
+
+
+def shared_length(samples: list[dict]) -> int:
+    """Leading tokens that all samples and their flipped forms have in common, before the last of any prompt."""
+    first = samples[0]["input_ids"]
+    length = len(first)
+    for sample in samples:
+        for prefix in ("", "flipped_"):
+            if f"{prefix}input_ids" in sample:
+                length = min(length, _alike(first, sample[f"{prefix}input_ids"]), _prompt_length(sample, prefix) - 1)
+    return length
+
+
+def _alike(ours: list[int], theirs: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+
+
+def _prompt_length(sample: dict, prefix: str = "") -> int:
+    labels = sample[f"{prefix}labels"]
+    return next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+
+
+class SharedPrefixDataset(Dataset):
+    """Encoded samples as micro-batches of whole groups, each a list of groups of rows.
+
+    samples: rows of `encode_dataset`. batch_size: samples a micro-batch holds at most; groups are filled in as they
+    come, so that one with fewer stands where the next group does not fit.
+    """
+
+    def __init__(self, samples, batch_size: int):
+        if batch_size < 2:
+            raise TKPOError(
+                "share_prefix shares nothing with one sample per forward pass: raise per_device_train_batch_size "
+                "(--micro-batch-size) to the number of styles, e.g. 4"
+            )
+        self.samples = samples
+        self.batches: list[list[list[int]]] = []
+        room = 0
+        for group in group_by_prefix(list(samples), batch_size):
+            if len(group) > room:
+                self.batches.append([])
+                room = batch_size
+            self.batches[-1].append(group)
+            room -= len(group)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> list[list[dict]]:
+        return [[self.samples[i] for i in group] for group in self.batches[number]]
+
+
+# ---- rows ----------------------------------------------------------------------------------------------
+
+
+def collate(batches: list[list[list[dict]]]) -> dict[str, Tensor]:
+    """One row, (1, T), of all groups of the given micro-batches, and the flipped branches as another, (1, T').
+
+    Returns input_ids, labels, position_ids, article_ids, branch_ids, and the same with `flipped_` before them where
+    the samples have flipped forms.
+    """
+    groups = [group for batch in batches for group in batch]
+    names = ("input_ids", "labels", "position_ids", "article_ids", "branch_ids")
+    flips = "flipped_input_ids" in groups[0][0]
+    columns: dict[str, list[int]] = {prefix + name: [] for prefix in ("", "flipped_")[: 1 + flips] for name in names}
+    branch = 0
+
+    def add(prefix: str, ids: list[int], labels: list[int], start: int, article: int, branch: int) -> None:
+        length = len(ids)
+        parts = (ids, labels, range(start, start + length), [article] * length, [branch] * length)
+        for name, part in zip(names, parts, strict=True):
+            columns[prefix + name] += part
+
+    for article, group in enumerate(groups):
+        shared = shared_length(group)
+        add("", group[0]["input_ids"][:shared], [IGNORE_INDEX] * shared, 0, article, 0)
+        for sample in group:
+            branch += 1
+            for prefix in ("", "flipped_")[: 1 + flips]:
+                own = sample[f"{prefix}input_ids"][shared:], sample[f"{prefix}labels"][shared:]
+                add(prefix, *own, shared, article, branch)
+    return {name: torch.tensor([values]) for name, values in columns.items()}
+
+
+# ---- attention -----------------------------------------------------------------------------------------
+
+
+def check_attention(model) -> None:
+    """TKPOError if the model's attention cannot take the mask."""
+    kind = model.config._attn_implementation
+    if kind not in ("sdpa", "eager", "flex_attention"):
+        raise TKPOError(
+            f"share_prefix needs an attention that takes any mask: attn_implementation sdpa (CPU), flex_attention (GPU) "
+            f"or eager, not {kind}"
+        )
+
+
+def attention_mask(model, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]):
+    """The mask of `queries` over `keys`, as the model's attention takes it.
+
+    queries, keys: (article numbers, branch numbers), (Q,) and (K,) each. Queries are the last Q of the keys.
+    Returns (1, 1, Q, K): bool for SDPA, 0 and the dtype's lowest number for eager; a BlockMask, whose empty blocks are
+    skipped, for FlexAttention.
+    """
+    kind = model.config._attn_implementation
+    past = len(keys[0]) - len(queries[0])
+    if kind == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def sees(batch, head, query, key):
+            return _sees(queries, keys, query, key, past)
+
+        shape = {"Q_LEN": len(queries[0]), "KV_LEN": len(keys[0])}
+        return create_block_mask(sees, None, None, **shape, device=queries[0].device)
+    rows = torch.arange(len(queries[0]), device=queries[0].device).unsqueeze(1)
+    columns = torch.arange(len(keys[0]), device=queries[0].device).unsqueeze(0)
+    mask = _sees(queries, keys, rows, columns, past)[None, None]
+    if kind == "eager":
+        return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(
+            ~mask, torch.finfo(model.dtype).min
+        )
+    return mask
+
+
+def _sees(queries, keys, query, key, past: int):
+    same = queries[0][query] == keys[0][key]
+    return same & (key <= query + past) & ((keys[1][key] == 0) | (keys[1][key] == queries[1][query]))
