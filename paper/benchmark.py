@@ -178,7 +178,7 @@ def training_records(setup: Setup, pairs: bool = False) -> list[dict]:
 
 def count_tokens(record: dict, tokenizer, setup: Setup) -> int | None:
     """Tokens of prompt and response; None if they are more than `max_length`."""
-    from tkpo.training import encode_record
+    from tkpo.encoding import encode_record
 
     tokens = len(encode_record(record, tokenizer, setup.max_length + 1)[0])
     return tokens if tokens <= setup.max_length else None
@@ -250,7 +250,7 @@ def _train_unshared(setup: Setup, turns) -> None:
     """TKPO whose flipped pass reads again what stands before the attribute."""
     from unittest import mock
 
-    with mock.patch("tkpo.modeling_qwen2._can_share", return_value=False):
+    with mock.patch("tkpo.causal_lm.has_full_attention", return_value=False):
         _train_own(setup, turns)
 
 
@@ -260,8 +260,8 @@ def _train_plain(setup: Setup, turns) -> None:
     from transformers import Trainer, TrainingArguments
 
     from tkpo.attributes import get_axis
+    from tkpo.encoding import TKPOCollator, encode_dataset
     from tkpo.flip import PromptFlipper
-    from tkpo.training import TKPOCollator, encode_dataset
 
     class PlainTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -26,9 +26,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tkpo.attributes import get_axis
 from tkpo.data import load_records
+from tkpo.encoding import encode_dataset
 from tkpo.flip import PromptFlipper, pad_rows
 from tkpo.loss import draw_reject_tokens
-from tkpo.training import encode_dataset
 
 BATCHES = (4, 8, 16)
 POSITIONS, REJECTS = 128, 20

@@ -16,7 +16,9 @@ from tkpo.loss import (
     draw_reject_tokens,
     fused_reject_tokens,
     preference_loss,
+    prompt_contrast_loss,
     tkpo_loss,
+    total_variation,
 )
 
 TAU, LAMBDA = 0.15, 0.5
@@ -576,3 +578,80 @@ def test_no_more_than_a_chunk_of_logits_exists_forward_and_backward(sampler, tra
     with LargestTensor() as plain:
         draw_reject_tokens(hidden @ weight.T, labels, 3, sampler)
     assert plain.largest == count * words
+
+
+# ---- prompt contrast and soft caps
+
+
+def test_prompt_contrast_is_its_formula():
+    log_probs, flipped = torch.tensor([-1.0, -0.2, -3.0]), torch.tensor([-2.0, -0.1, -1.0])
+    rows, weights = torch.tensor([0, 0, 1]), torch.tensor([0.5, 2.0, 1.0])
+    found = prompt_contrast_loss(log_probs, flipped, rows, 2, 0.3)
+    sums = [(-1.0 + 2.0) + (-0.2 + 0.1), -3.0 + 1.0]
+    assert found.tolist() == pytest.approx([math.log(1 + math.exp(-0.3 * s)) for s in sums], abs=1e-6)
+    found = prompt_contrast_loss(log_probs, flipped, rows, 2, 0.3, weights)
+    sums = [0.5 * 1.0 + 2.0 * -0.1, -2.0]
+    assert found.tolist() == pytest.approx([math.log(1 + math.exp(-0.3 * s)) for s in sums], abs=1e-6)
+
+
+def test_total_variation_of_known_distributions():
+    """Under the identity as head: p = (.5, .5, 0), q = (.5, 0, .5) differ by one half."""
+    big = 40.0
+    states, flipped = torch.tensor([[big, big, 0.0]]), torch.tensor([[big, 0.0, big]])
+    assert total_variation(states, flipped, torch.eye(3)).tolist() == pytest.approx([0.5], abs=1e-6)
+    assert total_variation(states, states, torch.eye(3)).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_fused_contrast_and_soft_cap_are_autograd_on_plain_logits(frozen, softcap):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hidden, weight, flipped = draw(2, 5, 6), draw(11, 6), draw(6, 6)
+    labels = torch.tensor([[-100, 3, 4, 5, -100], [1, 2, 9, -100, -100]])
+    rejects = torch.stack([torch.tensor([0, 7, 10, 8])] * 6)
+    settings = {"tau": 0.3, "preference_weight": 0.6, "chunk_size": 4, "softcap": softcap}
+    contrast = {"contrast_weight": 0.8, "contrast_beta": 0.4, "contrast_positions": "total_variation"}
+
+    def inputs():
+        return [x.clone().requires_grad_(not (frozen and x is weight)) for x in (hidden, weight, flipped)]
+
+    h, w, f = inputs()
+    result = tkpo_loss(h, labels, w, rejects, flipped_states=f, **settings, **contrast)
+    result.loss.backward()
+
+    def log_probs(states):
+        logits = states @ w2.T
+        return (logits if softcap is None else softcap * (logits / softcap).tanh()).log_softmax(-1)
+
+    h2, w2, f2 = inputs()
+    mask = labels != -100
+    gold, rows = labels[mask].unsqueeze(-1), mask.nonzero()[:, 0]
+    ours, theirs = log_probs(h2[mask]), log_probs(f2)
+    distance = (ours.exp() - theirs.exp()).abs().sum(-1).detach() / 2
+    picked = ours.exp().gather(-1, torch.cat([gold, rejects], dim=-1)) / 0.3
+    total = 0
+    for row in (0, 1):
+        own = rows == row
+        reward = picked[own].softmax(-1)[:, 0].mean()
+        gap = ((ours - theirs).gather(-1, gold)[:, 0] * distance)[own].sum()
+        total += -ours.gather(-1, gold)[own].mean() - 0.6 * reward.log() - 0.8 * (0.4 * gap).sigmoid().log()
+    total = total / 2
+    total.backward()
+    assert float(result.loss) == pytest.approx(float(total), abs=1e-10)
+    for ours, theirs in ((h, h2), (w, w2), (f, f2)):
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-10, rtol=1e-8)
+
+
+def test_drawing_sees_the_soft_cap():
+    """A cap far below the logits' differences makes the likeliest tokens nearly equal, but keeps their order."""
+    hidden, labels = torch.tensor([[[9.0, 8.0, 1.0, 0.0]]]), torch.tensor([[3]])
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        int(fused_reject_tokens(hidden, labels, torch.eye(4), 1, generator=generator, softcap=0.01)) for _ in range(300)
+    ]
+    assert min(drawn.count(token) for token in (0, 1, 2)) > 60

@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, Qwen2ForCausalLM
 
 from tkpo.attributes import get_axis
+from tkpo.causal_lm import patch
 from tkpo.errors import TKPOError
 from tkpo.flip import PromptFlipper
 from tkpo.loss import IGNORE_INDEX, fused_reject_tokens, tkpo_loss
@@ -37,9 +38,14 @@ def ours(tiny_model, settings):
     """A TKPO model in training mode."""
 
     def make(**changes):
-        return TKPOQwen2ForCausalLM.adopt(tiny_model(), settings(**changes)).train()
+        return adopt(tiny_model(), settings(**changes)).train()
 
     return make
+
+
+def adopt(model, settings):
+    patch(model, settings)
+    return model
 
 
 @pytest.fixture
@@ -152,10 +158,10 @@ def test_generate_makes_logits_of_the_last_position_only(tiny_model, ours, batch
     assert head_widths(tiny_model(), inputs) == [1, 1, 1]
 
 
-def test_trainers_still_find_the_labels_in_the_signature(patched):
+def test_trainers_still_find_the_labels_in_the_signature(ours, patched):
     """Trainer reads forward's signature to find label names and the columns it may keep."""
     plain = list(inspect.signature(Qwen2ForCausalLM.forward).parameters)
-    assert set(plain) <= set(inspect.signature(TKPOQwen2ForCausalLM.forward).parameters)
+    assert set(plain[1:]) <= set(inspect.signature(ours().forward).parameters)
     patched()
     assert set(plain) <= set(inspect.signature(Qwen2ForCausalLM.forward).parameters)
 
@@ -378,8 +384,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(ours, batch):
 
 
 def test_bfloat16_stays_near_float32(tiny_model, settings, batch):
-    expected = TKPOQwen2ForCausalLM.adopt(tiny_model(), settings()).train()(**batch(slice(3, 4)))
-    output = TKPOQwen2ForCausalLM.adopt(tiny_model(torch.bfloat16), settings()).train()(**batch(slice(3, 4)))
+    expected = adopt(tiny_model(), settings()).train()(**batch(slice(3, 4)))
+    output = adopt(tiny_model(torch.bfloat16), settings()).train()(**batch(slice(3, 4)))
     output.loss.backward()
     assert output.loss.dtype == torch.float32
     assert float(output.cross_entropy) == pytest.approx(float(expected.cross_entropy), rel=0.05)
@@ -410,7 +416,7 @@ def test_lora_on_the_head_is_refused_or_trained(tiny_model, settings, batch, sam
         torch.manual_seed(0)
         return get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)).train()
 
-    model = on_head(TKPOQwen2ForCausalLM.adopt(tiny_model(), settings()))
+    model = on_head(adopt(tiny_model(), settings()))
     try:
         output = model(**batch())
     except TKPOError as error:
@@ -421,7 +427,7 @@ def test_lora_on_the_head_is_refused_or_trained(tiny_model, settings, batch, sam
 
 def test_a_head_that_peft_trains_in_full_counts(tiny_model, settings, batch, samples, by_hand):
     config = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
-    model = get_peft_model(TKPOQwen2ForCausalLM.adopt(tiny_model(), settings()), LoraConfig(**config)).train()
+    model = get_peft_model(adopt(tiny_model(), settings()), LoraConfig(**config)).train()
     plain = get_peft_model(tiny_model(), LoraConfig(**config)).train()
     expected = by_hand(plain, samples)
     output = model(**batch())
@@ -498,10 +504,10 @@ def test_patch_without_flipper_is_refused_where_it_needs_one(settings):
 # ---- what is refused
 
 
-def test_other_models_are_refused(settings):
+def test_models_that_are_no_causal_lm_are_refused(settings):
     config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    with pytest.raises(TKPOError, match="LlamaForCausalLM"):
-        TKPOQwen2ForCausalLM.adopt(LlamaForCausalLM(config), settings())
+    with pytest.raises(TKPOError, match="LlamaModel"):
+        patch(LlamaModel(config), settings())
 
 
 @pytest.mark.parametrize(

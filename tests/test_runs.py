@@ -23,11 +23,11 @@ from tkpo import runs
 from tkpo.adapters import adapter_folder, check_base
 from tkpo.attributes import get_axis
 from tkpo.data import annotate, make_record
+from tkpo.encoding import encode_record
 from tkpo.errors import TKPOError
 from tkpo.methods import CONTINUED, PAIRWISE
 from tkpo.presets import load_tokenizer, resolve_model
 from tkpo.runs import RunConfig, last_checkpoint, run
-from tkpo.training import encode_record
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("sft", "tkpo", "dpo", "simpo", "orpo")

@@ -5,14 +5,14 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaModel
 
 from tkpo.attributes import get_axis
+from tkpo.encoding import TKPOCollator, encode_dataset, encode_record
 from tkpo.errors import TKPOError
 from tkpo.flip import PromptFlipper
 from tkpo.loss import IGNORE_INDEX
-from tkpo.modeling_qwen2 import TKPOQwen2ForCausalLM
-from tkpo.training import TKPOCollator, TKPOConfig, TKPOTrainer, encode_dataset, encode_record
+from tkpo.training import TKPOConfig, TKPOTrainer
 
 TERMS = ("loss", "cross_entropy", "preference", "reward", "accuracy")
 
@@ -129,7 +129,7 @@ def test_records_cut_to_nothing_are_skipped_with_a_warning(make_trainer, samples
     with caplog.at_level(logging.WARNING, logger="tkpo.training"):
         trainer = make_trainer(records, max_length=lengths[longest])
     assert len(trainer.train_dataset) == len(samples) - 1
-    warning = next(r.getMessage() for r in caplog.records if r.name == "tkpo.training")
+    warning = next(r.getMessage() for r in caplog.records if r.name == "tkpo.encoding")
     for part in ("1 of 4 records", f"record {longest + 1} (r{longest})", f"max_length {lengths[longest]}"):
         assert part in warning
 
@@ -295,7 +295,7 @@ def test_rows_encoded_without_flip_train_and_evaluate(make_trainer, tiny_tokeniz
 
 def test_training_leaves_a_tkpo_model_that_generates(make_trainer, tiny_tokenizer, samples):
     trainer = make_trainer()
-    assert isinstance(trainer.model, TKPOQwen2ForCausalLM)
+    assert trainer.model.tkpo is not None and type(trainer.model).__name__ == "Qwen2ForCausalLM"
     trainer.train()
     prompt = torch.tensor([samples[0].prompt])
     made = trainer.model.eval().generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)
@@ -360,7 +360,56 @@ def test_bad_settings_are_named(make_trainer, changes, named):
         make_trainer(**changes)
 
 
-def test_other_models_are_refused(make_trainer):
+def test_models_that_are_no_causal_lm_are_refused(make_trainer):
     config = LlamaConfig(vocab_size=99, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    with pytest.raises(TKPOError, match="LlamaForCausalLM"):
-        make_trainer(model=LlamaForCausalLM(config))
+    with pytest.raises(TKPOError, match="LlamaModel"):
+        make_trainer(model=LlamaModel(config))
+
+
+# ---- shared prefixes
+
+
+@pytest.fixture
+def styles():
+    """Two topics in two styles each, the instruction last, and one topic in one style."""
+    return [
+        {"instruction": f"Topic: {topic}", "input": f"Outline the above. Requirement: {style}.", "output": output}
+        for topic, style, output in (
+            ("the sea, its salt and its tides, and who lives by them", "literary", "1. Salt"),
+            ("bread and how it rises overnight in a cold kitchen", "objective", "1. Flour\n2. Water"),
+            ("the sea, its salt and its tides, and who lives by them", "objective", "1. Tides\n2. Salt\n3. Fish"),
+            ("bread and how it rises overnight in a cold kitchen", "literary", "1. It breathes"),
+            ("a short walk home after work through the first snow", "literary", "1. White"),
+        )
+    ]
+
+
+@pytest.mark.parametrize("losses", [{}, {"preference_weight": 0.0}, {"contrast_weight": 1.0}])
+def test_shared_prefixes_train_the_same_weights(make_trainer, tiny_model, styles, losses):
+    """One step over all samples: as one micro-batch, and as micro-batches of unequal size."""
+    trained = {}
+    for name, options in {
+        "separate": {"per_device_train_batch_size": 5},
+        "shared": {"per_device_train_batch_size": 5, "share_prefix": True},
+        "accumulated": {
+            "per_device_train_batch_size": 2,
+            "share_prefix": True,
+            "gradient_accumulation_steps": 3,
+        },
+    }.items():
+        trainer = make_trainer(styles, **losses, **options)
+        trainer.train()
+        (logged,) = steps_logged(trainer)
+        trained[name] = weights(trainer.model), logged["cross_entropy"], logged["loss"]
+    for name in ("shared", "accumulated"):
+        assert_same_weights(trained[name][0], trained["separate"][0], weights(tiny_model()))
+        assert trained[name][1:] == pytest.approx(trained["separate"][1:], abs=1e-4)
+
+
+def test_shared_prefixes_evaluate_the_same(make_trainer, styles):
+    found = {}
+    for share in (False, True):
+        trainer = make_trainer(styles, styles, share_prefix=share, per_device_eval_batch_size=4)
+        found[share] = trainer.evaluate()
+    for name in ("eval_cross_entropy", "eval_preference"):
+        assert found[True][name] == pytest.approx(found[False][name], abs=1e-5)

@@ -154,10 +154,9 @@ def _forward(
     attention_mask=None,
     *args,
     labels=None,
-    num_sequences=None,
     **kwargs,
 ):
-    """The model's forward; with `labels` (B, T), in training or with flipped inputs, the TKPO loss instead.
+    """The model's forward; with `labels` (B, T), in training or where TKPO's own keywords ask for it, the TKPO loss.
 
     labels, flipped_labels: as transformers has them, `labels[:, t]` is the token at `input_ids[:, t]`, -100
     outside the response. flipped_*: (B, T'), may have another length and padding than the true inputs; the
@@ -166,7 +165,7 @@ def _forward(
     """
     settings = self.tkpo
     own = {name: kwargs.pop(name) for name in (*OWN_KEYWORDS, *TREE_KEYWORDS) if name in kwargs}
-    if labels is None or settings is None or not (self.training or "flipped_input_ids" in own):
+    if labels is None or settings is None or not (self.training or own):
         return plain_forward(self, input_ids, attention_mask, *args, labels=labels, **kwargs)
     if input_ids is None or args or any(kwargs.get(name) is not None for name in ("past_key_values", "cache")):
         raise TKPOError("TKPO trains from input_ids and labels given by name, without past_key_values")
@@ -176,6 +175,7 @@ def _forward(
     if hasattr(head, "lora_A"):
         raise TKPOError("an adapter on lm_head would not be seen: take lm_head out of target_modules")
     kwargs = {k: v for k, v in kwargs.items() if k not in UNREAD}
+    num_sequences = own.get("num_sequences")
     if getattr(self.config.get_text_config(), "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
     passes = _Tree(self, own) if "branch_ids" in own else _Rows(self, own)
@@ -190,7 +190,7 @@ def _forward(
 
 
 def _loss(model, head, hidden, labels, flipped, branch_ids, num_sequences) -> TKPOLoss:
-    """The loss of hidden states (B, T, H) and, where the settings ask for them, of the flipped ones: (states, labels)."""
+    """The loss of hidden states (B, T, H); flipped: (states, targets) of the flipped pass, or None."""
     settings = model.tkpo
     scale, softcap = _head_of(model)
     targets = _shift(labels)
@@ -202,9 +202,9 @@ def _loss(model, head, hidden, labels, flipped, branch_ids, num_sequences) -> TK
     def terms(states, flipped_states, weight):
         rejects = None
         if settings.preference_weight:
-            source, gold, sampler = (flipped_states, flipped[1], settings.sampler) if settings.flips else (
-                states, targets, "multinomial"
-            )
+            from_flip = settings.draws_from_flip
+            source, gold = (flipped_states, flipped[1]) if from_flip else (states, targets)
+            sampler = settings.sampler if from_flip else "multinomial"
             rejects = fused_reject_tokens(source.detach(), gold, weight, sampler=sampler, **draw)
         result = tkpo_loss(
             states,
@@ -331,8 +331,9 @@ class _Tree(_Passes):
         outputs = self.run(cache, input_ids=input_ids, attention_mask=mask, **kwargs)
         flipped = None
         if self.settings.flips:
-            flipped = self._flipped_states(input_ids, kwargs["position_ids"], ids, cache), _shift(
-                self.own["flipped_labels"]
+            flipped = (
+                self._flipped_states(input_ids, kwargs["position_ids"], ids, cache),
+                _shift(self.own["flipped_labels"]),
             )
         return outputs.last_hidden_state, flipped, outputs
 

@@ -281,7 +281,8 @@ def total_variation(
     head, accumulate = weight.to(states.dtype), _sum_dtype(states.dtype)
     chunks = zip(states.split(chunk_size), flipped_states.split(chunk_size), strict=True)
     distances = [
-        (_logits(ours, head, softcap).softmax(dim=-1) - _logits(theirs, head, softcap).softmax(dim=-1)).abs().sum(-1) / 2
+        (_logits(ours, head, softcap).softmax(dim=-1) - _logits(theirs, head, softcap).softmax(dim=-1)).abs().sum(-1)
+        / 2
         for ours, theirs in chunks
     ]
     return torch.cat(distances) if distances else states.new_empty(0, dtype=accumulate)
@@ -396,7 +397,7 @@ def _logits(states: Tensor, head: Tensor, softcap: float | None) -> Tensor:
 def _chunk_probs(
     states: Tensor, head: Tensor, candidates: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(-log p(gold) (n,), probabilities (n, V), the candidates' probabilities (n, K+1), the soft cap's slopes (n, V))."""
+    """-log p(gold) (n,), probabilities (n, V), the candidates' probabilities (n, K+1), the soft cap's slopes (n, V)."""
     logits = _logits(states, head, softcap)
     bends = None if softcap is None else 1 - (logits / softcap) ** 2
     logits -= logits.amax(dim=-1, keepdim=True)

@@ -30,6 +30,7 @@ METHODS = {
     for method in (
         Method("sft", "SFT", "#56B4E9", 3, 2e-4),
         Method("tkpo", "TKPO", "#0072B2", 3 + 1, 2e-4),
+        Method("contrast", "Prompt contrast", "#D55E00", 2 * 3, 2e-4),
         Method("dpo", "DPO", "#E69F00", 2 * 3 + 2 * 1, 1e-5, continues_sft=True, pairwise=True),
         Method("simpo", "SimPO", "#CC79A7", 2 * 3, 1e-5, 2.0, continues_sft=True, pairwise=True),
         Method("orpo", "ORPO", "#009E73", 2 * 3, 2e-4, pairwise=True),

@@ -10,14 +10,14 @@ import yaml
 
 from tkpo.errors import TKPOError
 from tkpo.methods import CONTINUED, METHODS
-from tkpo.settings import REDUCTIONS, SAMPLERS, TKPOSettings
+from tkpo.settings import CONTRAST_POSITIONS, REDUCTIONS, SAMPLERS, TKPOSettings
 
 
 @dataclass
 class RunConfig:
     """What a run is; every field is a flag of `tkpo train` and a key of its YAML file."""
 
-    method: str = field(default="tkpo", metadata={"help": "sft, tkpo, dpo, simpo or orpo"})
+    method: str = field(default="tkpo", metadata={"help": f"one of {', '.join(METHODS)}"})
     dataset: str = field(default="language_style", metadata={"help": "name in dataset_info.json, or a JSON file"})
     model: str = field(default="qwen2.5-coder-0.5b", metadata={"help": "preset, local folder or hub id"})
     output: str | None = field(default=None, metadata={"help": "folder of the run; default runs/METHOD-DATASET-SEED"})
@@ -34,7 +34,13 @@ class RunConfig:
 
     epochs: float = field(default=1.0, metadata={"help": "passes over the samples"})
     batch_size: int = field(default=8, metadata={"help": "samples (or pairs) an optimizer step"})
-    micro_batch_size: int = field(default=1, metadata={"help": "samples a forward pass"})
+    micro_batch_size: int | None = field(
+        default=None, metadata={"help": "samples per forward pass; default 1, with --share-prefix 4"}
+    )
+    share_prefix: bool = field(
+        default=False,
+        metadata={"help": "sft, tkpo, contrast: read what samples share, an article for all its styles, once"},
+    )
     learning_rate: float | None = field(
         default=None, metadata={"help": "peak; default 2e-4 for sft, tkpo, orpo, 1e-5 for dpo, simpo; full: a tenth"}
     )
@@ -52,6 +58,13 @@ class RunConfig:
     num_rejects: int = field(default=TKPOSettings.num_rejects, metadata={"help": "tkpo: K"})
     sampler: str = field(default=TKPOSettings.sampler, metadata={"help": f"tkpo: {', '.join(SAMPLERS)}"})
     reduction: str = field(default=TKPOSettings.reduction, metadata={"help": f"tkpo: {' or '.join(REDUCTIONS)}"})
+    contrast_weight: float = field(default=1.0, metadata={"help": "contrast: weight of the prompt contrast"})
+    contrast_beta: float = field(
+        default=TKPOSettings.contrast_beta, metadata={"help": "contrast: inverse temperature of the prompt contrast"}
+    )
+    contrast_positions: str = field(
+        default=TKPOSettings.contrast_positions, metadata={"help": f"contrast: {' or '.join(CONTRAST_POSITIONS)}"}
+    )
     beta: float | None = field(
         default=None, metadata={"help": "dpo, simpo: beta, orpo: lambda; default 0.1, simpo 2.0"}
     )
@@ -64,6 +77,14 @@ class RunConfig:
         for name, choices in (("method", METHODS), ("finetuning", ("lora", "full"))):
             if getattr(self, name) not in choices:
                 raise TKPOError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        if self.micro_batch_size is None:
+            self.micro_batch_size = 4 if self.share_prefix else 1
+        if self.share_prefix and METHODS[self.method].pairwise:
+            raise TKPOError(
+                f"share_prefix is for sft, tkpo and contrast; {self.method} is trained by TRL, pair by pair"
+            )
+        if self.share_prefix and self.micro_batch_size < 2:
+            raise TKPOError("share_prefix needs a micro_batch_size of 2 or more: one sample shares nothing")
         for name in ("epochs", "batch_size", "micro_batch_size", "max_length", "save_steps", "lora_rank"):
             if not getattr(self, name) > 0:
                 raise TKPOError(f"{name} must be above 0, not {getattr(self, name)}")

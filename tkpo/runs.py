@@ -24,6 +24,7 @@ from tkpo.attributes import get_axis
 from tkpo.callbacks import LogFile, Validation
 from tkpo.data import annotate, load_records, sample_order
 from tkpo.distributed import check_launch, deepspeed_file, join, parameter_count, precision, whole_state
+from tkpo.encoding import encode_dataset
 from tkpo.environment import environment, peak_memory_mib
 from tkpo.errors import TKPOError
 from tkpo.machine import avoid_cudnn_attention
@@ -31,7 +32,7 @@ from tkpo.methods import PAIRWISE
 from tkpo.pairwise import pairwise_trainer
 from tkpo.presets import DTYPES, base_model_hash, default_dtype, load_model, load_tokenizer, resolve_model
 from tkpo.run_config import RunConfig
-from tkpo.training import TKPOConfig, TKPOTrainer, encode_dataset
+from tkpo.training import TKPOConfig, TKPOTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -177,14 +178,14 @@ def _lora(config: RunConfig) -> LoraConfig | None:
 
 
 def _tkpo_trainer(config: RunConfig, model, tokenizer, records, arguments: dict, lora) -> TKPOTrainer:
-    names = ("tau", "num_rejects", "sampler", "reduction")
-    weight = config.preference_weight if config.method == "tkpo" else 0.0
+    names = ("tau", "num_rejects", "sampler", "reduction", "contrast_beta", "contrast_positions", "share_prefix")
     validation = _training_records(config, "validation") if config.eval_steps else None
     args = TKPOConfig(
         **arguments,
         axis=config.axis,
         axes_file=config.axes_file,
-        preference_weight=weight,
+        preference_weight=config.preference_weight if config.method == "tkpo" else 0.0,
+        contrast_weight=config.contrast_weight if config.method == "contrast" else 0.0,
         **{name: getattr(config, name) for name in names},
         **({"eval_strategy": "steps", "eval_steps": config.eval_steps} if config.eval_steps else {}),
     )

@@ -22,6 +22,10 @@ SAMPLERS = (
     NO_FLIP,  # multinomial from the policy's own distribution: no flipped pass (ablation)
 )
 REDUCTIONS = ("log_mean", "mean_log")
+CONTRAST_POSITIONS = (
+    "uniform",  # every response token counts alike
+    "total_variation",  # by how much the flip changes the next-token distribution there
+)
 CHUNK_SIZE = 128  # response positions whose logits exist at the same time
 
 
@@ -32,6 +36,8 @@ class TKPOSettings:
     preference_weight: lambda; 0 is supervised fine-tuning and runs no flipped pass.
     tau: temperature of the Bradley-Terry preference. num_rejects: K, reject tokens per response position.
     sampler: one of `SAMPLERS`. reduction: one of `REDUCTIONS`. chunk_size: response positions per chunk of logits.
+    contrast_weight: weight of the prompt contrast (`tkpo.loss.prompt_contrast_loss`), 0: none. contrast_beta: its
+    inverse temperature. contrast_positions: one of `CONTRAST_POSITIONS`.
     flipper: needed when forward gets no flipped inputs.
     Raises TKPOError for a value outside its range.
     """
@@ -42,6 +48,9 @@ class TKPOSettings:
     sampler: str = "multinomial"
     reduction: str = "log_mean"
     chunk_size: int = CHUNK_SIZE
+    contrast_weight: float = 0.0
+    contrast_beta: float = 0.1
+    contrast_positions: str = "uniform"
     flipper: PromptFlipper | None = None
 
     def __post_init__(self):
@@ -55,8 +64,20 @@ class TKPOSettings:
             raise TKPOError(f"preference_weight (lambda) must not be negative, not {self.preference_weight}")
         if self.num_rejects < 1:
             raise TKPOError(f"num_rejects (K) must be at least 1, not {self.num_rejects}")
+        if not self.contrast_weight >= 0:
+            raise TKPOError(f"contrast_weight must not be negative, not {self.contrast_weight}")
+        if not self.contrast_beta > 0:
+            raise TKPOError(f"contrast_beta must be above 0, not {self.contrast_beta}")
+        if self.contrast_positions not in CONTRAST_POSITIONS:
+            known = ", ".join(CONTRAST_POSITIONS)
+            raise TKPOError(f"unknown contrast_positions {self.contrast_positions!r}; there are: {known}")
 
     @property
     def flips(self) -> bool:
         """Whether a step needs the flipped prompt."""
+        return self.draws_from_flip or bool(self.contrast_weight)
+
+    @property
+    def draws_from_flip(self) -> bool:
+        """Whether rejects are drawn under the flipped prompt."""
         return bool(self.preference_weight) and self.sampler != NO_FLIP

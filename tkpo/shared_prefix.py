@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from tkpo.errors import TKPOError
 from tkpo.loss import IGNORE_INDEX
 
+BLOCK = 128  # FlexAttention's block size
 MIN_SHARE = 0.5  # samples are grouped where at least so much of their prompts is alike
 
 # ---- grouping ------------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def check_attention(model) -> None:
     kind = model.config._attn_implementation
     if kind not in ("sdpa", "eager", "flex_attention"):
         raise TKPOError(
-            f"share_prefix needs an attention that takes any mask: attn_implementation sdpa (CPU), flex_attention (GPU) "
+            "share_prefix needs an attention that takes any mask: attn_implementation sdpa (CPU), flex_attention (GPU) "
             f"or eager, not {kind}"
         )
 
@@ -146,14 +147,17 @@ def attention_mask(model, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Te
     skipped, for FlexAttention.
     """
     kind = model.config._attn_implementation
-    past = len(keys[0]) - len(queries[0])
+    shape = {"Q_LEN": len(queries[0]), "KV_LEN": len(keys[0])}
+    past = shape["KV_LEN"] - shape["Q_LEN"]
     if kind == "flex_attention":
         from torch.nn.attention.flex_attention import create_block_mask
+
+        # Kernels ask about whole blocks, beyond the ends too.
+        queries, keys = ([_padded(numbers, BLOCK) for numbers in pair] for pair in (queries, keys))
 
         def sees(batch, head, query, key):
             return _sees(queries, keys, query, key, past)
 
-        shape = {"Q_LEN": len(queries[0]), "KV_LEN": len(keys[0])}
         return create_block_mask(sees, None, None, **shape, device=queries[0].device)
     rows = torch.arange(len(queries[0]), device=queries[0].device).unsqueeze(1)
     columns = torch.arange(len(keys[0]), device=queries[0].device).unsqueeze(0)
@@ -163,6 +167,10 @@ def attention_mask(model, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Te
             ~mask, torch.finfo(model.dtype).min
         )
     return mask
+
+
+def _padded(numbers: Tensor, multiple: int) -> Tensor:
+    return torch.nn.functional.pad(numbers, (0, -len(numbers) % multiple), value=-1)
 
 
 def _sees(queries, keys, query, key, past: int):
