@@ -151,14 +151,15 @@ def _memory(cuda: bool, reset: bool = False) -> float:
 def training_records(setup: Setup, pairs: bool = False) -> list[dict]:
     """The samples of warm-up and timed steps, in their order, none too long; as pairs, the same ones."""
     from tkpo.attributes import get_axis
-    from tkpo.data import annotate, attribute_last, load_records, record_key, sample_order
+    from tkpo.data import annotate, arrange, load_records, record_key, sample_order
     from tkpo.presets import load_tokenizer
 
     axis, tokenizer = get_axis(Path(setup.dataset).stem), load_tokenizer(setup.model)
 
     def read(pairs):
-        loaded = load_records(setup.dataset, "train", setup.lang, pairs)
-        return annotate([attribute_last(r) for r in loaded] if setup.attribute_last else loaded, axis)
+        order = "article_first" if setup.attribute_last else "instruction_first"
+        loaded = annotate(load_records(setup.dataset, "train", setup.lang, pairs), axis)
+        return [arrange(record, axis, order) for record in loaded]
 
     paired = {record_key(record): record for record in read(True)}
     count, chosen = (setup.steps + setup.warmup) * setup.batch_size, []

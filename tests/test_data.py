@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tkpo.attributes import get_axis
-from tkpo.cli import main
+from tkpo.attributes import get_axes, get_axis, load_axes
 from tkpo.data import (
     annotate,
+    arrange,
+    article_length,
+    balanced_subset,
     build,
     check,
     data_dir,
@@ -90,7 +92,7 @@ def test_no_article_stands_in_two_splits():
                     assert where.setdefault(key, split) == split
                 if row["form"] == "article":
                     assert row["input"].endswith(article["document"])
-    assert len({key for kind, key in where if kind == "document"}) == len(CORPUS) == 560
+    assert len({key for kind, key in where if kind == "document"}) == len(CORPUS) == 858
 
 
 def test_every_article_stands_once_an_attribute():
@@ -101,6 +103,32 @@ def test_every_article_stands_once_an_attribute():
             ]
             assert len(seen) == len(set(seen))
             assert set(seen) == {(a["id"], at) for a in CORPUS if a["lang"] == lang for at in flip}
+
+
+# words of English, characters other than white space of Chinese; paragraphs
+SIZES = {("en", False): (100, 185), ("zh", False): (180, 360), ("en", True): (450, 950), ("zh", True): (850, 1900)}
+
+
+def test_articles_are_as_short_or_long_as_the_card_says():
+    counts = {}
+    for article in CORPUS:
+        kind = (article["lang"], "-long-" in article["id"])
+        text = article["document"]
+        size = len(text.split()) if kind[0] == "en" else len("".join(text.split()))
+        paragraphs = text.count("\n\n") + 1
+        assert SIZES[kind][0] <= size <= SIZES[kind][1], (article["id"], size)
+        assert (5 <= paragraphs <= 16) if kind[1] else (2 <= paragraphs <= 3), (article["id"], paragraphs)
+        counts[kind] = counts.get(kind, 0) + 1
+    assert counts == {("en", False): 480, ("en", True): 108, ("zh", False): 192, ("zh", True): 78}
+
+
+def test_records_say_how_long_their_article_is():
+    for dataset, split, lang in FILES:
+        for pairs in (False, True):
+            for row in rows_of(dataset, split, lang, pairs):
+                assert row["length"] == ("long" if "-long-" in row["id"] else "short")
+                if row["form"] == "article":
+                    assert article_length({**row, "length": None}) == row["length"]
 
 
 def test_splits_are_80_10_10_by_a_hash_of_the_words_alone():
@@ -133,6 +161,16 @@ def test_about_a_third_of_the_training_samples_are_topics_alone():
         for attribute in FLIP[dataset]:
             rows = [r for la in ("en", "zh") for r in rows_of(dataset, "train", la) if r["attribute"] == attribute]
             assert 0.28 < sum(r["form"] == "topic" for r in rows) / len(rows) < 0.39
+
+
+def test_an_articles_styles_have_the_same_form():
+    forms = {}
+    for dataset in FLIP:
+        for split in ("train", "validation"):
+            for row in (
+                r for la in ("en", "zh") for pairs in (False, True) for r in rows_of(dataset, split, la, pairs)
+            ):
+                assert forms.setdefault(row["id"], row["form"]) == row["form"]
 
 
 def test_the_test_split_has_both_forms_of_each_sample():
@@ -184,21 +222,6 @@ def test_an_axis_of_ones_own_is_built(tmp_path):
     )
 
 
-def test_with_the_attribute_last_only_the_order_of_the_prompt_differs(tmp_path):
-    corpus = write_corpus(tmp_path / "corpus", CORPUS[:60])
-    build(corpus, tmp_path / "first")
-    assert main(["data", "build", "--corpus", str(corpus), "--out", str(tmp_path / "last"), "--attribute-last"]) == 0
-    for pairs in (False, True):
-        first, last = (load_records("language_style", "train", None, pairs, tmp_path / n) for n in ("first", "last"))
-        assert {r["form"] for r in last} == {"article", "topic"}
-        for ours, theirs in zip(last, first, strict=True):
-            assert user_message(ours) == theirs["input"] + "\n" + theirs["instruction"]
-            parts = ("instruction", "input")
-            assert {k: v for k, v in ours.items() if k not in parts} == {
-                k: v for k, v in theirs.items() if k not in parts
-            }
-
-
 def test_a_faulty_corpus_builds_nothing(tmp_path):
     bad = {**CORPUS[1], "outlines": {**CORPUS[1]["outlines"], "concise": "- no\n- numbers"}}
     corpus = write_corpus(tmp_path / "c", [CORPUS[0], bad])
@@ -248,7 +271,80 @@ def test_instruction_and_input_join_with_a_line_break():
     assert user_message({"instruction": "Do.", "input": ""}) == user_message({"instruction": "Do."}) == "Do."
 
 
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_arranged_article_first_the_instruction_follows_in_its_own_words(lang):
+    axis = get_axis("language_style")
+    record = {
+        **make_record(axis, "literary", "Moss", "Moss drinks rain.\n\nIt waits.", lang),
+        "id": "m",
+        "output": "1. A",
+    }
+    words = {
+        "en": "Generate a structured hierarchical outline of the above. Requirement: literary.",
+        "zh": "请根据以上内容生成结构化层次化目录。要求：文学诗意。",
+    }
+    assert arrange(record, axis, "instruction_first") is record
+    moved = arrange(record, axis, "article_first")
+    assert user_message(moved) == f"{record['input']}\n\n{words[lang]}"
+    assert {k for k in moved if moved[k] != record.get(k)} == {"instruction", "prompt_order"}
+    assert arrange(moved, axis, "article_first") == moved
+    topic = make_record(axis, "literary", "Moss", None, lang)
+    assert user_message(arrange(topic, axis, "article_first")) == f"{topic['input']}\n\n{words[lang]}"
+
+
+def test_every_committed_record_can_be_arranged():
+    axes = load_axes()
+    for file in FILES:
+        for row in rows_of(*file):
+            text = user_message(arrange(row, axes[row["axis"]], "article_first"))
+            assert text.startswith(row["input"] + "\n\n")
+            assert axes[row["axis"]].phrases[row["attribute"]][row["lang"]] in text[len(row["input"]) :]
+
+
+def test_a_record_in_words_of_its_own_is_not_arranged():
+    axis = get_axis("language_style")
+    record = make_record(axis, "literary", "Moss", "Moss drinks rain.")
+    for bad in ({"instruction": "Be literary."}, {"input": ""}, {"attribute": "objective"}):
+        with pytest.raises(TKPOError, match=r"record r7: article_first needs"):
+            arrange({**record, "id": "r7", **bad}, axis, "article_first")
+    with pytest.raises(TKPOError, match=r"'attribute_last'.*instruction_first, article_first"):
+        arrange(record, axis, "attribute_last")
+
+
 # ---- loading
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["samples", "pairs"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_two_sets_together_take_a_shared_sample_once(split, pairs):
+    both = load_records("language_style,level_of_detail", split, pairs=pairs, folder=DATA)
+    style, detail = (load_records(name, split, pairs=pairs, folder=DATA) for name in FLIP)
+    assert [r for r in both if r["axis"] == "language_style"] == style
+    assert [r for r in both if r["axis"] == "level_of_detail"] == [r for r in detail if r["attribute"] != "objective"]
+    keys = [(r["id"], r["attribute"], r["form"]) for r in both]
+    assert len(keys) == len(set(keys))
+    per_article = {name: sum(key[0] == name for key in keys) for name, _, _ in keys}
+    assert set(per_article.values()) == ({8} if split == "test" else {4})  # four styles, in test both forms
+    annotated = annotate(both, get_axes("language_style,level_of_detail"))
+    assert [r["axis"] for r in annotated] == [r["axis"] for r in both]
+
+
+def test_records_of_one_file_that_are_alike_all_stay(tmp_path):
+    row = {"instruction": "literary", "output": "1. A"}
+    path = tmp_path / "a,b.json"
+    path.write_text(json.dumps([row, row]), encoding="utf-8")
+    assert load_records(str(path)) == [row, row]
+    assert len(load_records(f"language_style,{DATA / 'language_style' / 'test.en.json'}", "test", folder=DATA)) == 320
+
+
+def test_records_of_several_axes_without_one_get_the_axis_of_their_phrase():
+    axes = get_axes("language_style, level_of_detail")
+    rows = [{"instruction": f"Be {word}.", "output": "1. A"} for word in ("concise", "literary", "objective")]
+    assert [r["axis"] for r in annotate(rows, axes)] == ["level_of_detail", "language_style", "language_style"]
+    with pytest.raises(
+        TKPOError, match=r"record 1: field 'axis' is 'mood', not one of language_style, level_of_detail"
+    ):
+        annotate([{**rows[0], "axis": "mood"}], axes)
 
 
 def test_a_data_set_is_loaded_by_name_in_one_language_or_both():
@@ -343,11 +439,39 @@ def test_an_info_entry_without_a_file_is_named_when_it_is_loaded(tmp_path):
         load_records("mine", "train", folder=tmp_path)
 
 
-def test_the_datasets_library_reads_the_files(tmp_path):
+def test_the_datasets_library_finds_every_set_and_language_in_the_folder(tmp_path):
     datasets = pytest.importorskip("datasets")
-    for name in ("language_style/test.zh.json", "level_of_detail/validation.en.pairs.json"):
-        found = datasets.load_dataset("json", data_files=str(DATA / name), split="train", cache_dir=str(tmp_path))
-        assert found.to_list() == json.loads((DATA / name).read_text(encoding="utf-8"))
+    names = [f"{d}_{la}{pairs}" for d in FLIP for la in ("en", "zh") for pairs in ("", "_pairs")]
+    assert sorted(datasets.get_dataset_config_names(str(DATA))) == sorted(names)
+    for dataset, lang, pairs in (("language_style", "zh", False), ("level_of_detail", "en", True)):
+        name = f"{dataset}_{lang}{'_pairs' if pairs else ''}"
+        found = datasets.load_dataset(str(DATA), name, cache_dir=str(tmp_path))
+        assert {split: rows.to_list() for split, rows in found.items()} == {
+            split: rows_of(dataset, split, lang, pairs) for split in ("train", "validation", "test")
+        }
+
+
+def test_the_card_counts_what_is_there():
+    card = (DATA / "README.md").read_text(encoding="utf-8")
+    total = 0
+    for dataset, split, lang in FILES:
+        rows = rows_of(dataset, split, lang)
+        total += len(rows)
+        cells = [f"`{dataset}/{split}.{lang}`", str(len(rows))]
+        for attribute in FLIP[dataset]:
+            forms = [r["form"] for r in rows if r["attribute"] == attribute]
+            cells.append(f"{forms.count('article')} + {forms.count('topic')}")
+        if dataset == "level_of_detail":
+            assert list(FLIP[dataset]) == ["comprehensive", "concise", "objective"]
+        assert f"| {' | '.join(cells)} |" in card
+    assert f"{total} samples in all" in card
+    for split in ("train", "validation", "test"):
+        cells = [split]
+        for lang in ("en", "zh"):
+            own = [a for a in CORPUS if a["lang"] == lang and split_of(a["document"]) == split]
+            long = sum("-long-" in a["id"] for a in own)
+            cells.append(f"{len(own) - long} + {long}")
+        assert f"| {' | '.join(cells)} |" in card
 
 
 # ---- checking
@@ -363,7 +487,7 @@ def without(row, key):
 def test_the_committed_data_has_no_fault():
     total, faults = check([DATA])
     samples = sum(len(rows_of(*file, pairs)) for file in FILES for pairs in (False, True))
-    assert (total, faults) == (samples + 560, [])
+    assert (total, faults) == (samples + 858, [])
 
 
 @pytest.mark.parametrize(
@@ -438,3 +562,92 @@ def test_check_of_nothing_is_an_error(tmp_path):
     with pytest.raises(TKPOError, match=r"no \.json or \.jsonl"):
         check([tmp_path])
     assert "none.json" in check([tmp_path / "none.json"])[1][0]
+
+
+# ---- subsets
+
+
+def articles_of(records):
+    """{(language, length): {article: its records}}"""
+    found = {}
+    for r in records:
+        found.setdefault((r["lang"], r["length"]), {}).setdefault(r["id"], []).append(r)
+    return found
+
+
+def test_a_training_subset_has_whole_articles_in_the_shares_asked_for():
+    everything = load_records("language_style,level_of_detail", "train", folder=DATA)
+    chosen = balanced_subset(everything, 180, share_long=1 / 3, share_zh=1 / 2)
+    cells = articles_of(chosen)
+    assert {kind: len(found) for kind, found in cells.items()} == {
+        ("en", "short"): 60,
+        ("en", "long"): 30,
+        ("zh", "short"): 60,
+        ("zh", "long"): 30,
+    }
+    for found in cells.values():
+        for rows in found.values():
+            assert sorted(r["attribute"] for r in rows) == ["comprehensive", "concise", "literary", "objective"]
+    topics = {kind: sum(rows[0]["form"] == "topic" for rows in found.values()) for kind, found in cells.items()}
+    pool = articles_of(everything)
+    for kind, count in topics.items():  # as among all articles of the kind
+        share = sum(rows[0]["form"] == "topic" for rows in pool[kind].values()) / len(pool[kind])
+        assert abs(count - share * len(cells[kind])) < 1
+    half = articles_of(balanced_subset(everything, 40, share_long=0.5, share_zh=0.25, share_topic=0.5))
+    assert {kind: len(found) for kind, found in half.items()} == {
+        ("en", "short"): 15,
+        ("en", "long"): 15,
+        ("zh", "short"): 5,
+        ("zh", "long"): 5,
+    }
+    topics = [sum(rows[0]["form"] == "topic" for rows in found.values()) for found in half.values()]
+    assert sorted(topics) in ([2, 2, 7, 7], [2, 2, 7, 8], [2, 2, 8, 8], [2, 3, 7, 7], [2, 3, 7, 8], [3, 3, 8, 8])
+
+
+def test_a_subset_does_not_depend_on_order_or_method():
+    records = load_records("language_style", "train", folder=DATA)
+    pairs = load_records("language_style", "train", pairs=True, folder=DATA)
+    chosen = balanced_subset(records, 50)
+    assert [r for r in records if r in chosen] == chosen  # in their order
+    shuffled = random.Random(0).sample(records, len(records))
+    names = {r["id"] for r in chosen}
+    assert len(names) == 50
+    assert {r["id"] for r in balanced_subset(shuffled, 50)} == names
+    assert {r["id"] for r in balanced_subset(pairs, 50)} == names
+
+
+def test_a_test_subset_is_balanced_over_style_form_language_and_length():
+    records = load_records("language_style,level_of_detail", "test", folder=DATA)
+    chosen = balanced_subset(records, 12, share_long=0.5, share_zh=0.5)
+    counts = {}
+    for r in chosen:
+        key = (r["attribute"], r["form"], r["lang"], r["length"])
+        counts[key] = counts.get(key, 0) + 1
+    assert len(counts) == 4 * 2 * 2 * 2 and set(counts.values()) == {3}
+
+
+def test_what_one_kind_lacks_the_others_give():
+    def article(name, lang, kind):
+        return {"id": name, "lang": lang, "length": kind, "form": "article"}
+
+    rows = [article(f"zl{i}", "zh", "long") for i in range(2)] + [article(f"zs{i}", "zh", "short") for i in range(20)]
+    rows += [article(f"el{i}", "en", "long") for i in range(3)] + [article(f"es{i}", "en", "short") for i in range(4)]
+    cells = articles_of(balanced_subset(rows, 20, share_long=0.5, share_zh=0.5))
+    assert {kind: len(found) for kind, found in cells.items()} == {
+        ("zh", "long"): 2,
+        ("zh", "short"): 11,  # 8 and what English lacks
+        ("en", "long"): 3,
+        ("en", "short"): 4,
+    }
+    assert balanced_subset(rows, 1000) == rows
+    only = articles_of(balanced_subset([r for r in rows if r["lang"] == "zh"], 10, share_long=0.1))
+    assert {kind: len(found) for kind, found in only.items()} == {("zh", "long"): 1, ("zh", "short"): 9}
+    assert balanced_subset(rows, 3, share_zh=0, share_long=1) == [r for r in rows if r["id"].startswith("el")]
+
+
+@pytest.mark.parametrize(
+    "options", [{"number_of_articles": 0}, {"share_long": 1.5}, {"share_zh": -0.1}, {"share_topic": 2}]
+)
+def test_a_subset_that_cannot_be_is_refused(options):
+    with pytest.raises(TKPOError, match=next(iter(options))):
+        balanced_subset([], **{"number_of_articles": 3, **options})

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tkpo.attributes import get_axis
-from tkpo.data import make_record, user_message
+from tkpo.attributes import get_axes, get_axis
+from tkpo.data import arrange, make_record, user_message
 from tkpo.errors import TKPOError
 from tkpo.flip import PromptFlipper
 from tkpo.loss import IGNORE_INDEX
@@ -109,6 +109,50 @@ def test_the_instruction_wins_over_an_article_that_comes_first(tokenizer, lang):
     other = axis.instruction("literary", lang)
     text = f"{ARTICLES[lang]}\n\n{instruction}"
     assert flip(tokenizer, axis, text) == chat(tokenizer, f"{ARTICLES[lang]}\n\n{other}")
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+@pytest.mark.parametrize("article", [True, False], ids=["article", "topic"])
+@pytest.mark.parametrize(("axis_name", "attribute", "other"), FLIPS)
+def test_an_instruction_after_the_article_flips_there(tokenizer, axis_name, attribute, other, lang, article):
+    """The article names every attribute, and even quotes the instruction that may stand before an article."""
+    axis = get_axis(axis_name)
+    document = ARTICLES[lang] + "\n" + axis.instruction(other, lang) + ARTICLES[lang]
+    records = [
+        arrange(make_record(axis, asked, "海 sea", document if article else None, lang), axis, "article_first")
+        for asked in (attribute, other)
+    ]
+    ids, wanted = (chat(tokenizer, user_message(r)) for r in records)
+    flipped = flip(tokenizer, axis, user_message(records[0]))
+    assert flipped == wanted != ids
+    assert contains(ids, encode(tokenizer, records[0]["input"])[:-1])
+
+
+@pytest.mark.parametrize(("axis", "attribute", "other"), FLIPS)
+def test_the_instruction_after_the_article_keeps_the_published_ids(qwen_tokenizer, axis, attribute, other):
+    table = get_axis(axis)
+    record = arrange(make_record(table, attribute, "春", "春天来了，花开了。"), table, "article_first")
+    ids = chat(qwen_tokenizer, user_message(record))
+    old, new = PHRASE_IDS[WORDS[attribute]["zh"]], PHRASE_IDS[WORDS[other]["zh"]]
+    (start,) = [i for i in range(len(ids)) if ids[i : i + 2] == old]
+    assert PromptFlipper(qwen_tokenizer, table).flip_ids(ids, len(ids)) == ids[:start] + new + ids[start + 2 :]
+
+
+def test_with_several_axes_each_prompt_flips_on_its_own(tokenizer):
+    axes = get_axes("language_style,level_of_detail")
+    flipper = PromptFlipper(tokenizer, axes)
+    for name, attribute, other in FLIPS:
+        ids, wanted = (
+            chat(tokenizer, user_message(make_record(axes[name], asked, "sea", ARTICLES["en"])))
+            for asked in (attribute, other)
+        )
+        assert flipper.flip_ids(ids, len(ids), axis=name) == wanted
+    ids = chat(tokenizer, "Be concise.")
+    assert flipper.flip_ids(ids, len(ids)) == chat(tokenizer, "Be objective.")
+    with pytest.raises(TKPOError, match=r"s1: no attribute phrase of axis language_style \("):
+        flipper.flip_ids(ids, len(ids), "s1", "language_style")
+    with pytest.raises(TKPOError, match=r"of axis language_style, level_of_detail \("):
+        flipper.flip_ids(encode(tokenizer, "Be kind."), 3)
 
 
 @pytest.mark.parametrize("ending", [" ", ", please.", "; numbered.\n", "!"])

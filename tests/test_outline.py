@@ -120,6 +120,30 @@ def test_flat_outlines_obey_by_their_count(attribute, counts):
     assert {n for n in range(1, 9) if obeys_detail(flat(n), attribute, "en")} == counts
 
 
+@pytest.mark.parametrize(
+    ("attribute", "counts"),
+    [
+        ("concise", {3, 4, 5, 6}),
+        ("objective", {5, 6, 7, 8, 9}),
+        ("literary", {4, 5, 6, 7, 8}),
+        ("comprehensive", set()),
+    ],
+)
+def test_a_long_article_wants_more_headings(attribute, counts):
+    def obeying(kind):
+        return {n for n in range(1, 12) if obeys_detail(flat(n), attribute, "zh", kind)}
+
+    assert obeying("long") == counts
+    assert obeying(None) == counts | obeying("short")
+
+
+def test_a_long_article_takes_up_to_four_sub_headings_under_each():
+    assert obeys_detail(nested(2, 3, 4, 2, 2), "comprehensive", "en", "long")
+    assert not obeys_detail(nested(2, 3, 4, 2), "comprehensive", "en", None)  # too few for long, too wide for short
+    for subs in [(2,) * 4, (2,) * 10, (2, 2, 2, 2, 1), (2, 2, 2, 2, 5), (2, 2, 0, 2, 2)]:
+        assert not obeys_detail(nested(*subs), "comprehensive", "en", "long")
+
+
 def test_comprehensive_wants_two_or_three_sub_headings_under_each():
     assert obeys_detail(nested(2, 3, 2, 3), "comprehensive", "en")
     assert obeys_detail(nested(2, 2, 2, 2, 2, 2), "comprehensive", "zh")
@@ -157,7 +181,9 @@ def test_every_corpus_outline_parses_and_obeys_its_attribute():
     for row in ROWS:
         for attribute, text in row["outlines"].items():
             outline = parse(text)
-            assert obeys_detail(outline, attribute, row["lang"]), (row["id"], attribute)
+            kind = "long" if "-long-" in row["id"] else "short"
+            assert obeys_detail(outline, attribute, row["lang"], kind), (row["id"], attribute)
+            assert obeys_detail(outline, attribute, row["lang"], None)
             # Independent of the parser: one number a line, the text after it untouched.
             told = [h for t, s in zip(outline.headings, outline.sub_headings, strict=True) for h in (t, *s)]
             assert told == [re.sub(r"^\s*[\d.]+ ", "", line) for line in text.splitlines()]

@@ -26,7 +26,8 @@ class Axis:
     name: e.g. "language_style".
     flip: attribute → the attribute that replaces it in the flipped prompt.
     phrases: attribute → language → the words that ask for it.
-    instructions: language → instruction with an `{attribute}` slot.
+    instructions: language → instruction with an `{attribute}` slot, which stands before the article.
+    instructions_after: the same in words that stand after the article.
     topics: language → input line with a `{topic}` slot.
     """
 
@@ -34,21 +35,26 @@ class Axis:
     flip: dict[str, str]
     phrases: dict[str, dict[str, str]]
     instructions: dict[str, str]
+    instructions_after: dict[str, str]
     topics: dict[str, str]
 
     @property
     def attributes(self) -> tuple[str, ...]:
         return tuple(self.flip)
 
-    def instruction(self, attribute: str, lang: str) -> str:
-        """The instruction that asks for `attribute`; TKPOError if the axis has no such attribute or words."""
+    def instruction(self, attribute: str, lang: str, after: bool = False) -> str:
+        """The instruction that asks for `attribute`; TKPOError if the axis has no such attribute or words.
+
+        after: in the words that stand after the article, not before it.
+        """
         if attribute not in self.flip:
             raise TKPOError(f"axis {self.name} has no attribute {attribute!r}; it has: {', '.join(self.flip)}")
-        if lang not in self.instructions or lang not in self.phrases[attribute]:
+        instructions = self.instructions_after if after else self.instructions
+        if lang not in instructions or lang not in self.phrases[attribute]:
             raise TKPOError(
                 f"attribute {attribute!r} has no phrase or instruction in language {lang!r}: add one to the axes table"
             )
-        return self.instructions[lang].replace("{attribute}", self.phrases[attribute][lang])
+        return instructions[lang].replace("{attribute}", self.phrases[attribute][lang])
 
     def find(self, text: str) -> tuple[str, str] | None:
         """(attribute, language) whose phrase stands first in `text`, or None. The longest phrase wins a tie.
@@ -99,14 +105,16 @@ def load_axes(path: str | Path | None = None) -> dict[str, Axis]:
         raise TKPOError(f"{path} is not valid YAML in UTF-8: {error}") from error
     if not isinstance(table, dict) or not isinstance(table.get("axes"), dict) or not table["axes"]:
         raise TKPOError(f"{path}: an axes table needs the keys `attributes` and `axes` (see {DEFAULT_TABLE})")
-    for key in ("instruction", "topic", "attributes"):
+    for key in ("instruction", "instruction_after", "topic", "attributes"):
         if not isinstance(table.get(key) or {}, dict):
             raise TKPOError(f"{path}: {key!r} must hold keys and values, not {table[key]!r}")
     default = {} if path == DEFAULT_TABLE else yaml.safe_load(DEFAULT_TABLE.read_text(encoding="utf-8"))
     instructions = {**default.get("instruction", {}), **(table.get("instruction") or {})}
+    after = {**default.get("instruction_after", {}), **(table.get("instruction_after") or {})}
     topics = {**default.get("topic", {}), **(table.get("topic") or {})}
     phrases = {**default.get("attributes", {}), **(table.get("attributes") or {})}
-    for kind, slot, texts in (("instruction", "{attribute}", instructions), ("topic", "{topic}", topics)):
+    slots = (("instruction", "{attribute}", instructions), ("instruction_after", "{attribute}", after))
+    for kind, slot, texts in (*slots, ("topic", "{topic}", topics)):
         for lang, text in texts.items():
             if not isinstance(text, str) or text.count(slot) != 1:
                 raise TKPOError(f"{path}: {kind} {lang!r} must be text with the slot {slot} exactly once")
@@ -133,7 +141,7 @@ def load_axes(path: str | Path | None = None) -> dict[str, Axis]:
             for lang, phrase in phrases[attribute].items():
                 if phrase.casefold() == phrases[other][lang].casefold():
                     raise TKPOError(f"{path}: {attribute!r} and {other!r} have the same phrase {phrase!r} in {lang}")
-        axes[name] = Axis(name, dict(flip), {a: phrases[a] for a in flip}, instructions, topics)
+        axes[name] = Axis(name, dict(flip), {a: phrases[a] for a in flip}, instructions, after, topics)
     return axes
 
 
@@ -143,6 +151,11 @@ def get_axis(name: str, path: str | Path | None = None) -> Axis:
     if name not in axes:
         raise TKPOError(f"no axis {name!r}; there are: {', '.join(axes)}")
     return axes[name]
+
+
+def get_axes(names: str, path: str | Path | None = None) -> dict[str, Axis]:
+    """The axes called `names`, one name or several with commas between them → {name: Axis}, in that order."""
+    return {name: get_axis(name, path) for name in (part.strip() for part in names.split(","))}
 
 
 def axis_of(attribute: str, path: str | Path | None = None) -> Axis:

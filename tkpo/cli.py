@@ -322,11 +322,8 @@ def _add_data(commands) -> None:
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
     build = actions.add_parser("build", help="write the data sets of every axis from a corpus")
     build.add_argument("--corpus", default="data/corpus", help="folder with *.jsonl; default data/corpus")
-    build.add_argument("--out", help="folder to write; default data, or data-last with --attribute-last")
+    build.add_argument("--out", default="data", help="folder to write; default data")
     build.add_argument("--axes-file", help="YAML table of attributes and axes of your own")
-    build.add_argument(
-        "--attribute-last", action="store_true", help="article first, instruction after it: TKPO's steps are faster"
-    )
     build.set_defaults(run=_data_build)
     check = actions.add_parser("check", help="say what is wrong with corpus, Alpaca, pairwise or dataset_info files")
     check.add_argument("paths", nargs="+", metavar="PATH", help="file, or folder whose .json and .jsonl are read")
@@ -336,9 +333,8 @@ def _add_data(commands) -> None:
 def _data_build(args) -> None:
     from tkpo.data import build
 
-    out = args.out or ("data-last" if args.attribute_last else "data")
-    for name, count in build(args.corpus, out, args.axes_file, args.attribute_last).items():
-        print(f"{count:6d}  {Path(out) / name}")
+    for name, count in build(args.corpus, args.out, args.axes_file).items():
+        print(f"{count:6d}  {Path(args.out) / name}")
 
 
 def _data_check(args) -> int:

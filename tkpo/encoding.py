@@ -51,7 +51,7 @@ def encode_dataset(
         response = ids[prompt_length:]
         row = {"input_ids": ids, "labels": [IGNORE_INDEX] * prompt_length + response}
         if flipper:
-            flipped = flipper.flip_ids(ids, prompt_length, name)
+            flipped = flipper.flip_ids(ids, prompt_length, name, record.get("axis"))
             row["flipped_input_ids"] = flipped
             row["flipped_labels"] = [IGNORE_INDEX] * (len(flipped) - len(response)) + response
         rows.append(row)

@@ -30,35 +30,45 @@ class _Pattern:
 
 
 class PromptFlipper:
-    """Flips the attribute of tokenized prompts along one axis.
+    """Flips the attribute of tokenized prompts, along one axis or along each prompt's own.
 
-    The phrase is looked for where the axis's instruction has it (after the same tokens), then anywhere in the
-    prompt; the first place wins. TKPOError at construction if the tokenizer merges a phrase with its neighbours,
-    so that it cannot be replaced token by token.
+    tokenizer: whose tokens the prompts are.
+    axes: one axis, or several by name (`get_axes`).
+
+    The phrase is looked for where the axis's instruction has it, after the article (the whole instruction's tokens)
+    or before it, then anywhere in the prompt; the first place wins. TKPOError at construction if the tokenizer merges
+    a phrase with its neighbours, so that it cannot be replaced token by token.
     """
 
-    def __init__(self, tokenizer, axis: Axis):
-        self.axis = axis
+    def __init__(self, tokenizer, axes: Axis | dict[str, Axis]):
+        self.axes = {axes.name: axes} if isinstance(axes, Axis) else dict(axes)
         self.tokenizer = tokenizer
-        anchored, loose = [], []
+        self._passes = {name: self._patterns(axis) for name, axis in self.axes.items()}
+
+    def _patterns(self, axis: Axis) -> tuple[list[_Pattern], ...]:
+        """Patterns of an axis, those of one pass after another."""
+        following, anchored, loose = [], [], []
         for attribute, other in axis.flip.items():
             for lang in axis.phrases[attribute]:
+                if lang in axis.instructions_after:
+                    following.append(self._anchored(axis, attribute, other, lang, after=True))
                 if lang in axis.instructions:
-                    anchored.append(self._anchored(attribute, other, lang))
-                loose += self._loose(attribute, other, lang)
+                    anchored.append(self._anchored(axis, attribute, other, lang, after=False))
+                loose += self._loose(axis, attribute, other, lang)
         bare_end = [_Pattern(p.attribute, p.before, p.phrase, (), p.replacement) for p in anchored]
-        self._passes = (anchored, bare_end, loose)
+        return following, anchored, bare_end, loose
 
-    def _anchored(self, attribute: str, other: str, lang: str) -> _Pattern:
-        before, phrase, after = self._split(attribute, lang)
-        _, replacement, _ = self._split(other, lang)
-        return _Pattern(attribute, before[-ANCHOR:], phrase, after[:1], replacement)
+    def _anchored(self, axis: Axis, attribute: str, other: str, lang: str, after: bool) -> _Pattern:
+        before, phrase, end = self._split(axis, attribute, lang, after)
+        _, replacement, _ = self._split(axis, other, lang, after)
+        before = before if after else before[-ANCHOR:]
+        return _Pattern(attribute, before, phrase, end[:1], replacement)
 
-    def _split(self, attribute: str, lang: str) -> tuple[tuple[int, ...], ...]:
+    def _split(self, axis: Axis, attribute: str, lang: str, after: bool) -> tuple[tuple[int, ...], ...]:
         """Token ids of the instruction before, of and after the phrase."""
-        phrase = self.axis.phrases[attribute][lang]
-        text = self.axis.instruction(attribute, lang)
-        start = self.axis.instructions[lang].index("{attribute}")
+        phrase = axis.phrases[attribute][lang]
+        text = axis.instruction(attribute, lang, after)
+        start = (axis.instructions_after if after else axis.instructions)[lang].index("{attribute}")
         end = start + len(phrase)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
@@ -72,15 +82,19 @@ class PromptFlipper:
         first, last = inside[0], inside[-1] + 1
         return tuple(ids[:first]), tuple(ids[first:last]), tuple(ids[last:])
 
-    def _loose(self, attribute: str, other: str, lang: str) -> list[_Pattern]:
-        phrases = self.axis.phrases[attribute][lang], self.axis.phrases[other][lang]
+    def _loose(self, axis: Axis, attribute: str, other: str, lang: str) -> list[_Pattern]:
+        phrases = axis.phrases[attribute][lang], axis.phrases[other][lang]
         forms = [str, lambda s: " " + s, str.capitalize] if phrases[0].isascii() else [str]
         encoded = [[tuple(self.tokenizer(f(p), add_special_tokens=False)["input_ids"]) for p in phrases] for f in forms]
         return [_Pattern(attribute, (), *(a, (), b)) for a, b in dict.fromkeys(map(tuple, encoded))]
 
-    def find(self, ids: list[int]) -> tuple[str, int, int, tuple[int, ...]] | None:
-        """(attribute, start, end, replacement) of the phrase in prompt `ids`, or None."""
-        for patterns in self._passes:
+    def find(self, ids: list[int], axis: str | None = None) -> tuple[str, int, int, tuple[int, ...]] | None:
+        """(attribute, start, end, replacement) of the phrase in prompt `ids`, or None.
+
+        axis: whose phrases are looked for; None: those of each axis in turn.
+        """
+        names = [axis] if axis in self.axes else self.axes
+        for patterns in (p for passes in zip(*(self._passes[n] for n in names), strict=True) for p in passes):
             hits = []
             for p in patterns:
                 start = _index(ids, p.before + p.phrase + p.after)
@@ -92,14 +106,22 @@ class PromptFlipper:
                 return p.attribute, start, start + len(p.phrase), p.replacement
         return None
 
-    def flip_ids(self, ids: list[int], prompt_length: int, where: str = "sample") -> list[int]:
-        """Token ids with the attribute flipped in the first `prompt_length` of them; `where` names them in errors."""
-        found = self.find(list(ids[:prompt_length]))
+    def flip_ids(self, ids: list[int], prompt_length: int, where: str = "sample", axis: str | None = None) -> list[int]:
+        """Token ids with the attribute flipped in the prompt.
+
+        ids: prompt and response.
+        prompt_length: how many of them are the prompt.
+        where: names the sample in errors.
+        axis: the axis to flip on; None: the first that has an attribute phrase in the prompt.
+        """
+        found = self.find(list(ids[:prompt_length]), axis)
         if not found:
-            known = ", ".join(p for a in self.axis.flip for p in self.axis.phrases[a].values())
+            axes = [self.axes[axis]] if axis in self.axes else self.axes.values()
+            names = ", ".join(x.name for x in axes)
+            known = ", ".join(dict.fromkeys(p for x in axes for a in x.flip for p in x.phrases[a].values()))
             start = self.tokenizer.decode(ids[: min(prompt_length, 60)])
             raise TKPOError(
-                f"{where}: no attribute phrase of axis {self.axis.name} ({known}) in the prompt {start!r}. "
+                f"{where}: no attribute phrase of axis {names} ({known}) in the prompt {start!r}. "
                 "Choose the axis of this data set, or describe its attributes in an axes table"
             )
         _, start, end, replacement = found

@@ -25,6 +25,13 @@ REPEATED = 0.6  # share of its words that a heading has in common with an earlie
 LOOP = 3  # repeating headings of a looping outline, at the least; they are also at least half of its headings
 
 CONCISE_LENGTH = {"en": 6, "zh": 14}
+CHINESE_NAMES = {"简洁关键": "concise", "详细全面": "comprehensive", "真实客观": "objective", "文学诗意": "literary"}
+# Fewest and most headings of an outline, and sub-headings under each of a comprehensive one, by the article's length.
+HEADINGS = {
+    "short": {"concise": (3, 5), "comprehensive": (4, 6), "objective": (4, 6), "literary": (3, 6)},
+    "long": {"concise": (3, 6), "comprehensive": (5, 9), "objective": (5, 9), "literary": (4, 8)},
+}
+SUB_HEADINGS = {"short": (2, 3), "long": (2, 4)}
 
 
 @dataclass(frozen=True)
@@ -138,26 +145,30 @@ def length(text: str, lang: str) -> int:
     return len(text.split()) if lang == "en" else len(re.sub(r"\s", "", text))
 
 
-def obeys_detail(outline: Outline, attribute: str, lang: str) -> bool:
+def obeys_detail(outline: Outline, attribute: str, lang: str, article_length: str | None = "short") -> bool:
     """Whether an outline has the number and size of headings that its attribute asks for.
 
-    The rules are the corpus's own (data card); top-level headings, sub-headings under each:
-    concise / 简洁关键 3-5, none, at most 6 English words or 14 Chinese characters a heading;
-    comprehensive / 详细全面 4-6, 2-3 each; objective / 真实客观 4-6, none; literary / 文学诗意 3-6, none.
+    The rules are the corpus's own (data card), `HEADINGS` and `SUB_HEADINGS`: only a comprehensive outline has
+    sub-headings, under every heading; a concise one has at most 6 English words or 14 Chinese characters a heading.
     An attribute that has no rule here (a user's own) asks for nothing: True.
+
+    outline: as `parse` returns it.
+    attribute: its name or its published Chinese phrase.
+    lang: "en" or "zh".
+    article_length: "short" or "long", for what the article's outlines must have; None accepts either.
 
     Raises:
         TKPOError: for a language other than "en" and "zh".
     """
+    attribute = CHINESE_NAMES.get(attribute, attribute)
     longest = max(length(heading, lang) for heading in outline.headings)
-    flat = outline.depth == 1
-    match attribute:
-        case "concise" | "简洁关键":
-            return 3 <= outline.n_headings <= 5 and flat and longest <= CONCISE_LENGTH[lang]
-        case "comprehensive" | "详细全面":
-            return 4 <= outline.n_headings <= 6 and all(2 <= len(s) <= 3 for s in outline.sub_headings)
-        case "objective" | "真实客观":
-            return 4 <= outline.n_headings <= 6 and flat
-        case "literary" | "文学诗意":
-            return 3 <= outline.n_headings <= 6 and flat
-    return True
+    if attribute not in HEADINGS["short"]:
+        return True
+    if attribute == "concise" and longest > CONCISE_LENGTH[lang]:
+        return False
+    for kind in (article_length,) if article_length else HEADINGS:
+        fewest, most = HEADINGS[kind][attribute]
+        low, high = SUB_HEADINGS[kind] if attribute == "comprehensive" else (0, 0)
+        if fewest <= outline.n_headings <= most and all(low <= len(s) <= high for s in outline.sub_headings):
+            return True
+    return False

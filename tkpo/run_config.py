@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from tkpo.data.prompts import INSTRUCTION_FIRST, PROMPT_ORDERS
 from tkpo.errors import TKPOError
 from tkpo.methods import CONTINUED, METHODS
 from tkpo.settings import CONTRAST_POSITIONS, REDUCTIONS, SAMPLERS, TKPOSettings
@@ -18,7 +19,9 @@ class RunConfig:
     """What a run is; every field is a flag of `tkpo train` and a key of its YAML file."""
 
     method: str = field(default="tkpo", metadata={"help": f"one of {', '.join(METHODS)}"})
-    dataset: str = field(default="language_style", metadata={"help": "name in dataset_info.json, or a JSON file"})
+    dataset: str = field(
+        default="language_style", metadata={"help": "name in dataset_info.json, or a JSON file; several with commas"}
+    )
     model: str = field(default="qwen2.5-coder-0.5b", metadata={"help": "preset, local folder or hub id"})
     output: str | None = field(default=None, metadata={"help": "folder of the run; default runs/METHOD-DATASET-SEED"})
     axis: str | None = field(default=None, metadata={"help": "axis of the flip; default: the data set's name"})
@@ -26,6 +29,12 @@ class RunConfig:
     data_dir: str | None = field(default=None, metadata={"help": "folder with dataset_info.json; default data"})
     lang: str | None = field(default=None, metadata={"help": "en or zh; default both"})
     max_samples: int | None = field(default=None, metadata={"help": "train on so many samples, chosen by hash"})
+    max_articles: int | None = field(
+        default=None, metadata={"help": "train on at most N articles in all their styles, balanced, picked by hash"}
+    )
+    prompt_order: str = field(
+        default=INSTRUCTION_FIRST, metadata={"help": "instruction_first (as published) or article_first"}
+    )
     sft_adapter: str | None = field(default=None, metadata={"help": "dpo, simpo: the run or adapter they continue"})
 
     finetuning: str = field(default="lora", metadata={"help": "lora or full"})
@@ -74,7 +83,11 @@ class RunConfig:
     eval_samples: int | None = field(default=None, metadata={"help": "validate on so many samples, chosen by hash"})
 
     def __post_init__(self):
-        for name, choices in (("method", METHODS), ("finetuning", ("lora", "full"))):
+        for name, choices in (
+            ("method", METHODS),
+            ("finetuning", ("lora", "full")),
+            ("prompt_order", PROMPT_ORDERS),
+        ):
             if getattr(self, name) not in choices:
                 raise TKPOError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
         if self.micro_batch_size is None:

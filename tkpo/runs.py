@@ -20,9 +20,9 @@ from peft import LoraConfig
 from transformers import set_seed
 
 from tkpo.adapters import save_adapter, write_json
-from tkpo.attributes import get_axis
+from tkpo.attributes import get_axes
 from tkpo.callbacks import LogFile, Validation
-from tkpo.data import annotate, load_records, sample_order
+from tkpo.data import annotate, arrange, balanced_subset, load_records, sample_order
 from tkpo.distributed import check_launch, deepspeed_file, join, parameter_count, precision, whole_state
 from tkpo.encoding import encode_dataset
 from tkpo.environment import environment, peak_memory_mib
@@ -113,14 +113,16 @@ def _check_same_run(config: RunConfig, out: Path) -> None:
 
 
 def _training_records(config: RunConfig, split: str = "train") -> list[dict]:
-    axis = get_axis(config.axis, config.axes_file)
+    axes = get_axes(config.axis, config.axes_file)
     pairs = config.method in PAIRWISE and split == "train"
     records = load_records(config.dataset, split, config.lang, pairs, config.data_dir)
-    records = annotate(records, axis)
+    records = annotate(records, axes)
+    if config.max_articles and split == "train":
+        records = balanced_subset(records, config.max_articles)
     most = config.max_samples if split == "train" else config.eval_samples
     if most and most < len(records):
         records = sorted(records, key=sample_order)[:most]
-    return records
+    return [arrange(record, axes[record["axis"]], config.prompt_order) for record in records]
 
 
 def _dtype(config: RunConfig, device: str) -> torch.dtype:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from tkpo.attributes import get_axis
+from tkpo.attributes import get_axes
 from tkpo.causal_lm import patch
 from tkpo.encoding import TKPOCollator, encode_dataset
 from tkpo.errors import TKPOError
@@ -31,7 +31,9 @@ class TKPOConfig(TrainingArguments):
 
     learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate of AdamW"})
     logging_steps: float = field(default=1, metadata={"help": "log every so many steps"})
-    axis: str = field(default="language_style", metadata={"help": "axis along which prompts are flipped"})
+    axis: str = field(
+        default="language_style", metadata={"help": "axis along which prompts are flipped; several with commas"}
+    )
     axes_file: str | None = field(default=None, metadata={"help": "YAML table of attributes and axes of your own"})
     preference_weight: float = field(
         default=TKPOSettings.preference_weight, metadata={"help": "lambda, weight of the preference loss"}
@@ -62,7 +64,7 @@ class TKPOConfig(TrainingArguments):
         own = {f.name: getattr(self, f.name) for f in fields(TKPOSettings) if f.name != "flipper"}
         settings = TKPOSettings(**own)
         if settings.flips:
-            settings.flipper = PromptFlipper(tokenizer, get_axis(self.axis, self.axes_file))
+            settings.flipper = PromptFlipper(tokenizer, get_axes(self.axis, self.axes_file))
         return settings
 
 
