@@ -2,7 +2,7 @@
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name → module, imported when first used: `import tkpo` alone stays quick.
 _EXPORTS = {

@@ -1,0 +1,7 @@
+"""`python -m tkpo` is `tkpo`."""
+
+import sys
+
+from tkpo.cli import main
+
+sys.exit(main())
