@@ -34,7 +34,7 @@ def check_launch(deepspeed: str | None) -> None:
     if not deepspeed:
         return
     if importlib.util.find_spec("deepspeed") is None:
-        raise TKPOError("--deepspeed needs DeepSpeed: pip install 'tkpo[deepspeed]' (or: bash install.sh deepspeed)")
+        raise TKPOError("--deepspeed needs DeepSpeed: bash install.sh deepspeed, or: pip install deepspeed")
     if "RANK" not in os.environ:
         raise TKPOError(
             "--deepspeed needs a launcher, one process a GPU: torchrun --nproc-per-node 8 -m tkpo.cli train …"

@@ -103,7 +103,7 @@ def estimate(
 def _states(model: Model, gpus: int, nodes: int, zero: int, offload: bool) -> tuple[float, float]:
     """(bytes on a GPU, bytes on a node's host) of the model states."""
     if importlib.util.find_spec("deepspeed") is None:
-        raise TKPOError("an estimate needs DeepSpeed: pip install 'tkpo[deepspeed]' (or: bash install.sh deepspeed)")
+        raise TKPOError("an estimate needs DeepSpeed: bash install.sh deepspeed, or: pip install deepspeed")
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as three
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as two
 
