@@ -14,7 +14,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from tkpo.chinese import cut
 from tkpo.errors import TKPOError
-from tkpo.outline import check_lang, is_valid, obeys_detail, parse
+from tkpo.outline import check_lang
 
 ROUGES = {"rouge-1": "rouge1", "rouge-2": "rouge2", "rouge-l": "rougeL"}  # our names → rouge-score's
 TEXT_SCORES = (*ROUGES, "bleu-4")
@@ -98,7 +98,7 @@ class StyleClassifier:
         Raises:
             TKPOError: nothing to learn from, fewer than two attributes, or lengths that differ.
         """
-        _check_lengths("training outlines", outlines, "attributes", attributes)
+        check_lengths("training outlines", outlines, "attributes", attributes)
         if len(outlines) == 0:
             raise TKPOError(f"no training outlines in language {self.lang!r}: give training records in it")
         if len(set(attributes)) < 2:
@@ -126,22 +126,31 @@ class StyleClassifier:
         """Attribute → probability (they sum to 1) for one outline."""
         return dict(zip(self.attributes, self.model.predict_proba([outline])[0].tolist(), strict=True))
 
+    def log_odds(self, outlines: Sequence[str], attributes: Sequence[str]) -> list[float]:
+        """log p / (1 − p), natural, of each outline's own attribute; above 0: likelier than the others together."""
+        check_lengths("outlines", outlines, "attributes", attributes)
+        if not self.attributes or len(outlines) == 0:
+            return []
+        logs = self.model.predict_log_proba(list(outlines))
+        rows = []
+        for log, attribute in zip(logs, attributes, strict=True):
+            own = self.attributes.index(attribute)
+            rows.append(float(log[own] - np.logaddexp.reduce(np.delete(log, own))))
+        return rows
+
     def accuracy(self, outlines: Sequence[str], attributes: Sequence[str]) -> float:
         """Share (0 to 1) of the outlines to which it assigns their attribute."""
-        _check_lengths("outlines", outlines, "attributes", attributes)
+        check_lengths("outlines", outlines, "attributes", attributes)
         if len(outlines) == 0:
             raise TKPOError("no outlines to measure the style classifier's accuracy on")
         return float(np.mean([p == a for p, a in zip(self.predict(outlines), attributes, strict=True)]))
 
 
 def evaluate_predictions(records: Sequence[dict], predictions: Sequence[str], train_records: Sequence[dict]) -> dict:
-    """Score predictions on a split, English and Chinese apart, everything in per cent.
+    """Score predictions on a split by the published protocol, English and Chinese apart, everything in per cent.
 
     Args:
-        records: the split's Alpaca records, with `id`, `lang`, `attribute`, `axis`, `form` and `output` (the
-            reference outline).
-        predictions: one outline text a record, in the same order.
-        train_records: the training split; a style classifier per language and axis is fitted on its outputs.
+        records, predictions, train_records: as `tkpo.scores.score_outlines` takes them.
 
     Returns:
         `{"en": {...}, "zh": {...}, "samples": [...]}`, with only the languages that occur. A language holds
@@ -149,46 +158,26 @@ def evaluate_predictions(records: Sequence[dict], predictions: Sequence[str], tr
         `control_accuracy` is the share of outputs that the classifier assigns to the asked attribute (a blank
         output never is), `classifier_reference_accuracy` the same for the references, `structure_valid` the
         share that parses, `obeys_detail` the share that parses and keeps the attribute's level of detail.
-        `samples` has each record's own scores, in order.
+        `samples` has each record's own scores, in order, beside the row of `score_outlines`.
 
     Raises:
-        TKPOError: lengths that differ, a record without a field, or an attribute, axis or language without
-            training records.
+        TKPOError: as `score_outlines`; no records; no training records.
     """
-    _check_lengths("records", records, "predictions", predictions)
+    from tkpo.scores import score_outlines  # which scores by this module
+
+    check_lengths("records", records, "predictions", predictions)
     if not records:
         raise TKPOError("no records to evaluate")
-    _check_fields("record", records, ("id", "lang", "attribute", "axis", "form", "output"))
-    _check_fields("training record", train_records, ("lang", "attribute", "axis", "output"))
-
-    samples: list[dict] = [{} for _ in records]
-    for lang, axis in sorted({(r["lang"], r["axis"]) for r in records}):
-        places = [i for i, r in enumerate(records) if (r["lang"], r["axis"]) == (lang, axis)]
-        train = [r for r in train_records if (r["lang"], r["axis"]) == (lang, axis)]
-        if not train:
-            raise TKPOError(f"no training records in language {lang!r} on axis {axis!r} for the style classifier")
-        classifier = StyleClassifier(lang).fit([r["output"] for r in train], [r["attribute"] for r in train])
-        assigned = classifier.predict([predictions[i] for i in places])
-        of_reference = classifier.predict([records[i]["output"] for i in places])
-        for i, guess, reference_guess in zip(places, assigned, of_reference, strict=True):
-            text, record = predictions[i], records[i]
-            attribute, reference = record["attribute"], record["output"]
-            if attribute not in classifier.attributes:
-                raise TKPOError(
-                    f"record {i + 1} (id {record['id']}) asks for {attribute!r}, which no training record in "
-                    f"language {lang!r} on axis {axis!r} has; they have: {', '.join(classifier.attributes)}"
-                )
-            kind = record.get("length") if record["form"] == "article" else None  # a topic does not say how long
-            flags = {
-                "control_accuracy": guess == attribute and bool(text.strip()),
-                "structure_valid": is_valid(text),
-                "obeys_detail": is_valid(text) and obeys_detail(parse(text), attribute, lang, kind),
-                "classifier_reference_accuracy": reference_guess == attribute,
-            }
-            samples[i] = {name: record[name] for name in ("id", "lang", "attribute", "axis", "form")}
-            samples[i] |= rouge_bleu(text, reference, lang)
-            samples[i] |= {name: 100.0 * flag for name, flag in flags.items()}
-
+    samples = score_outlines(records, predictions, train_records)
+    for row, prediction in zip(samples, predictions, strict=True):
+        row |= {theirs: row[f"{ours}_numbered"] for theirs, ours in ROUGES.items()}
+        row |= {
+            "bleu-4": row["bleu4_numbered"],
+            "control_accuracy": 100.0 * (row["read_as"] == row["attribute"] and bool(prediction.strip())),
+            "structure_valid": row["valid"],
+            "obeys_detail": row["level"],
+            "classifier_reference_accuracy": row["reference_control"],
+        }
     result: dict = {}
     for lang in sorted({r["lang"] for r in records}):
         own = [s for s in samples if s["lang"] == lang]
@@ -227,7 +216,7 @@ def paired_bootstrap(
     Raises:
         TKPOError: lengths that differ, no samples, scores below 0 or not finite, or senseless draws or level.
     """
-    _check_lengths("scores of a", a, "scores of b", b)
+    check_lengths("scores of a", a, "scores of b", b)
     scores = np.array([a, b], dtype=float)
     n = scores.shape[1]
     if n == 0 or not np.isfinite(scores).all() or (scores < 0).any():
@@ -251,12 +240,14 @@ def paired_bootstrap(
     return interval | {"share_a_better": float((means[0] > means[1]).mean())} | counts
 
 
-def _check_lengths(name: str, items: Sequence, other: str, others: Sequence) -> None:
+def check_lengths(name: str, items: Sequence, other: str, others: Sequence) -> None:
+    """TKPOError where one of two lists that belong together is longer."""
     if len(items) != len(others):
         raise TKPOError(f"{len(items)} {name} but {len(others)} {other}: give one for each, in the same order")
 
 
-def _check_fields(kind: str, records: Sequence[dict], fields: Sequence[str]) -> None:
+def check_fields(kind: str, records: Sequence[dict], fields: Sequence[str]) -> None:
+    """TKPOError that names the first record without one of the fields or in an unknown language."""
     for number, record in enumerate(records, 1):
         if missing := [field for field in fields if field not in record]:
             where = f"{kind} {number} (id {record.get('id', 'missing')})"
