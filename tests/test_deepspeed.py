@@ -18,8 +18,9 @@ from transformers import Qwen2ForCausalLM
 
 from tkpo.attributes import get_axis
 from tkpo.data import make_record
-from tkpo.distributed import deepspeed_file, drop_stale_locks
+from tkpo.distributed import drop_stale_locks
 from tkpo.errors import TKPOError
+from tkpo.launch import deepspeed_file
 from tkpo.presets import resolve_model
 from tkpo.runs import RunConfig, last_checkpoint, run
 from tkpo.training import TKPOConfig, TKPOTrainer

@@ -13,7 +13,7 @@ def loaded(code):
     """Names of the modules that a fresh interpreter holds after `code`."""
     code += "\nimport sys; print(' '.join(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    return set(done.stdout.splitlines()[-1].split())
 
 
 @pytest.mark.parametrize("module", ["tkpo.generation", "tkpo.adapters", "tkpo.environment"])

@@ -143,11 +143,10 @@ def test_defaults_follow_from_the_method_and_the_data_set():
         ("method: null", ["method", "str", "None"]),
         ("- method", ["run.yaml"]),
         ("method: [", ["run.yaml"]),
-        ("method: ppo", ["'ppo'", "sft, tkpo, dpo, simpo, orpo"]),
+        ("method: ppo", ["'ppo'", "sft, tkpo, contrast, dpo, simpo, orpo"]),
         ("finetuning: qlora", ["'qlora'", "lora, full"]),
         ("epochs: 0", ["epochs", "above 0"]),
         ("batch_size: 4\nmicro_batch_size: 3", ["batch_size 4", "3"]),
-        ("method: dpo", ["SFT adapter", "--sft-adapter"]),
     ],
 )
 def test_a_wrong_config_says_what_is_wrong(tmp_path, text, parts):
@@ -282,7 +281,7 @@ def test_the_first_sft_loss_is_transformers_own_and_restart_trains_again(home):
 def test_dpo_starts_from_the_sft_adapter_against_a_frozen_copy(home, finished):
     assert losses_of(home / "dpo")[0][1] == pytest.approx(math.log(2), abs=1e-4)
     torch.backends.cuda.enable_cudnn_sdp(True)
-    run(config(home, "dpo", "dpo-still", learning_rate=0.0, max_samples=2, epochs=1))
+    run(config(home, "dpo", "dpo-still", learning_rate=1e-30, max_samples=2, epochs=1))
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # on a GPU its gradients may be NaN
     assert_same_weights(weights_of(home / "dpo-still"), weights_of(home / "sft"))
 
@@ -342,7 +341,7 @@ def test_validation_logs_the_cross_entropy_of_the_validation_outlines(home, fini
         dataset="style",
         data_dir=str(folder),
         epochs=1,
-        learning_rate=0.0,
+        learning_rate=1e-30,
         eval_steps=1,
     )
     run(still)
@@ -486,8 +485,6 @@ def test_another_config_in_the_same_folder_is_refused(home, finished, changes):
 
 
 def test_dpo_needs_pairs_and_an_adapter_that_is_there(home, finished):
-    with pytest.raises(TKPOError, match="SFT adapter"):
-        config(home, "dpo", "none", sft_adapter=None)
     with pytest.raises(TKPOError, match=r"samples\.json, record 1: no field 'chosen'"):
         run(config(home, "dpo", "none", dataset=str(home / "samples.json")))
     with pytest.raises(TKPOError, match=r"adapter_config\.json"):
@@ -527,6 +524,248 @@ def test_an_adapter_that_meets_another_base_warns(home, finished, caplog):
         assert not caplog.records
         check_base(adapter, str(other))
     assert "tiny" in caplog.text and str(other) in caplog.text
+
+
+# ---- starts that fail, and outputs that cannot be written
+
+
+def test_a_start_that_fails_leaves_nothing_that_blocks_the_corrected_command(home, monkeypatch):
+    wrong = config(home, "sft", "corrected", max_length=4, max_samples=2, epochs=1)  # no record fits
+    with pytest.raises(TKPOError, match="max_length"):
+        run(wrong)
+    assert not Path(wrong.output).exists()
+    with monkeypatch.context() as patch:  # and one that fails in its first step, as for lack of memory
+        patch.setattr(runs.TKPOTrainer, "training_step", lambda *args: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            run(config(home, "sft", "corrected", max_samples=2, epochs=1, lora_rank=2))
+    assert run(config(home, "sft", "corrected", max_samples=2, epochs=1))["steps"] == 1
+
+
+def test_a_restart_with_a_wrong_setting_deletes_nothing(home, finished):
+    before = {p: p.stat().st_mtime_ns for p in (home / "sft").rglob("*")}
+    with pytest.raises(TKPOError, match="max_length"):
+        run(config(home, "sft", "sft", max_length=4), resume=False)
+    assert {p: p.stat().st_mtime_ns for p in (home / "sft").rglob("*")} == before
+
+
+def test_a_finished_run_says_that_more_epochs_need_another_start(home, finished):
+    with pytest.raises(TKPOError, match=r"finished with epochs 2 .* 5: .*--output.*--restart"):
+        run(config(home, "sft", "sft", epochs=5))
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json"])
+def test_a_half_written_record_is_named(home, finished, name):
+    folder = home / f"half-{name}"
+    shutil.copytree(home / "sft", folder)
+    (folder / name).write_text((folder / name).read_text()[:30])
+    with pytest.raises(TKPOError, match=rf"half-{name}/{name} is damaged.*--restart"):
+        run(config(home, "sft", f"half-{name}"))
+
+
+def test_an_output_that_cannot_be_written_is_named_before_the_training(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "load_model", None)  # would raise if it were called
+    with pytest.raises(TKPOError, match=r"samples\.json is a file"):
+        run(config(home, "sft", "samples.json/below"))
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked)  # root may write anywhere
+    with pytest.raises(TKPOError, match=r"no permission to write in .*locked"):
+        run(config(home, "sft", str(locked / "run")))
+
+
+def test_a_full_disk_is_one_line_and_the_run_can_be_resumed(home):
+    """A limit on the size of files stands for it: writing fails within the checkpoint."""
+    full = config(home, "sft", "full", max_samples=4, epochs=1, save_steps=1)
+    path = home / "full.json"
+    path.write_text(json.dumps({k: v for k, v in asdict(full).items() if v is not None}))
+    code = """
+import resource, sys
+import tkpo.runs
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+from tkpo.cli import main
+sys.exit(main(["train", sys.argv[1]]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"tkpo: cannot write to {full.output} (" in done.stderr
+    assert run(full)["steps"] == 2
+
+
+def test_metrics_count_the_samples_that_were_trained_on(home):
+    records = json.loads((home / "samples.json").read_text())[:4]
+    records[1]["instruction"] += " " + "very " * 700
+    (home / "long.json").write_text(json.dumps(records))
+    assert run(config(home, "sft", "counted", dataset=str(home / "long.json"), epochs=1))["samples"] == 3
+
+
+def test_every_file_of_a_run_has_the_same_permissions(home, finished):
+    for method in METHODS:
+        modes = {p.stat().st_mode & 0o777 for p in (home / method).rglob("*") if p.is_file()}
+        assert modes == {(home / method / "config.json").stat().st_mode & 0o777}
+
+
+# ---- what users of trainers expect
+
+
+def first_pair(home, name, method, **changes):
+    pair = json.loads((home / "pairs.json").read_text())[:1]
+    (home / "first.json").write_text(json.dumps(pair))
+    options = {"dataset": str(home / "first.json"), "batch_size": 1, "epochs": 1, **changes}
+    run(config(home, method, name, **options))
+    return pair[0], losses_of(home / name)[0][1]
+
+
+def test_dpo_in_one_stage_has_the_base_as_its_reference(home):
+    """Its first loss is log 2; a step later it is the formula, with the base as reference."""
+    changes = {"sft_adapter": None, "epochs": 2, "learning_rate": 0.05, "scheduler": "constant", "warmup": 0.0}
+    _, loss = first_pair(home, "dpo-base", "dpo", **changes)
+    assert loss == pytest.approx(math.log(2), abs=1e-6)
+    assert losses_of(home / "dpo-base")[1][1] < 0.99 * math.log(2)
+    note = json.loads((home / "dpo-base" / "model" / "tkpo.json").read_text())
+    assert note["method"] == "dpo"
+    base = Qwen2ForCausalLM.from_pretrained(resolve_model("tiny"), dtype=torch.float32)
+    PeftModel.from_pretrained(base, str(adapter_folder(home / "dpo-base")))
+
+
+def test_dpo_with_its_likelihood_term_adds_the_chosen_responses_cross_entropy(home, finished):
+    pair, loss = first_pair(home, "dpo-rpo", "dpo", rpo_alpha=0.5)
+    record = {**pair, "output": pair["chosen"]}
+    ids, length = encode_record(record, load_tokenizer("tiny"), 2048)
+    ids = ids[:-1]  # TRL ends a response with the end token, without the line break of the template
+    base = Qwen2ForCausalLM.from_pretrained(resolve_model("tiny"), dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(adapter_folder(home / "sft"))).eval()
+    with torch.no_grad():
+        labels = torch.tensor([[-100] * length + ids[length:]])
+        likelihood = model(input_ids=torch.tensor([ids]), labels=labels).loss.item()
+    assert loss == pytest.approx(math.log(2) + 0.5 * likelihood, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["tkpo", "dpo"])
+def test_early_stopping_ends_the_run_and_keeps_the_best_weights(home, finished, monkeypatch, method):
+    """A learning rate that ruins the model: the first validation stays the best."""
+    records = json.loads((home / "samples.json").read_text())
+    load, validation = runs.load_records, annotate(records[:2], get_axis("language_style"))
+    monkeypatch.setattr(
+        runs,
+        "load_records",
+        lambda name, split, *more: validation if split == "validation" else load(str(home / name), split, *more),
+    )
+    options = {"learning_rate": 3.0, "scheduler": "constant", "warmup": 0.0, "eval_steps": 1, "early_stopping": 2}
+    name = "pairs.json" if method in PAIRWISE else "samples.json"
+    made = config(home, method, f"{method}-stopped", epochs=4, dataset="language_style", **options)
+    made.dataset = name
+    metrics = run(made)
+    found = [line["eval_cross_entropy"] for line in log_of(home / f"{method}-stopped") if "eval_cross_entropy" in line]
+    best = min(range(len(found)), key=found.__getitem__)
+    assert metrics["steps"] == len(found) == best + 3 < 4 * STEPS
+    assert metrics["best_step"] == best + 1 and metrics["best_metric"] == pytest.approx(found[best])
+    base = Qwen2ForCausalLM.from_pretrained(resolve_model("tiny"), dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(adapter_folder(home / f"{method}-stopped"))).eval()
+    losses = []
+    for record in validation:
+        ids, length = encode_record(record, load_tokenizer("tiny"), 2048)
+        with torch.no_grad():
+            labels = torch.tensor([[-100] * length + ids[length:]])
+            losses.append(model(input_ids=torch.tensor([ids]), labels=labels).loss.item())
+    assert sum(losses) / 2 == pytest.approx(found[best], rel=0.02)  # the adapter is stored in bfloat16
+
+
+@pytest.mark.parametrize("method", ["tkpo", "dpo", "sft-full"])
+def test_a_card_says_what_the_weights_are_and_how_they_load(home, finished, method):
+    from huggingface_hub import ModelCard
+
+    name, changes = method, {}
+    if method == "sft-full":
+        method, changes = "sft", {"finetuning": "full", "max_samples": 2, "epochs": 1}
+        run(config(home, "sft", "card-full", **changes))
+        name = "card-full"
+    card = ModelCard.load(home / name / "model" / "README.md")
+    assert card.data.library_name == ("transformers" if changes else "peft") and method in card.data.tags
+    for part in (
+        str(config(home, method, name).learning_rate),
+        "`samples.json`" if method != "dpo" else "`pairs.json`",
+    ):
+        assert part in card.content
+    if not changes:
+        note = json.loads((home / name / "model" / "tkpo.json").read_text())
+        assert note["base_model_sha256"] in card.content and "PeftModel" in card.content
+    assert str(home) not in card.content and str(Path.home()) not in card.content
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"report_to": "trackio"}, "pip install trackio"),
+        ({"quantization": "4bit"}, "pip install bitsandbytes"),
+        ({"attn_implementation": "flash_attention_2"}, "flash_attention_2"),
+        ({"attn_implementation": "flashy"}, "flashy"),
+        ({"push_to_hub": True}, "hf upload"),
+        ({"method": "tkpo", "num_rejects": 259}, "259"),
+        ({"device": "cuda"}, "cpu"),
+        ({"device": "mps"}, "cpu"),
+    ],
+)
+def test_what_cannot_be_had_here_is_refused_and_leaves_no_folder(home, monkeypatch, changes, part):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    absent = ("trackio", "bitsandbytes")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in absent else find(name, *more))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda self: (_ for _ in ()).throw(ConnectionError("offline")))
+    method = changes.get("method", "sft")
+    with pytest.raises(TKPOError, match=part) as error:
+        run(config(home, method, "refused", **{k: v for k, v in changes.items() if k != "method"}))
+    assert "\n" not in str(error.value) and not (home / "refused").exists()
+
+
+def test_the_attention_that_is_asked_for_is_used(home, finished):
+    used = []
+    load = runs.load_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "load_model", lambda *a, **k: used.append(load(*a, **k)) or used[-1])
+        run(config(home, "sft", "eager", attn_implementation="eager"))
+    assert used[0].config._attn_implementation == "eager"
+    eager, plain = ([loss for _, loss in losses_of(home / name)] for name in ("eager", "sft"))
+    assert eager == pytest.approx(plain, rel=1e-3)
+
+
+def test_the_device_is_the_machines_best_unless_named(monkeypatch):
+    from tkpo.machine import find_device
+    from tkpo.presets import default_dtype
+
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert find_device().type == expected
+        assert find_device("cpu").type == "cpu"
+    assert default_dtype("mps") == torch.float32
+
+
+def test_the_upload_takes_the_model_folder_and_a_failure_does_not_cost_the_run(home, monkeypatch, caplog):
+    from huggingface_hub import HfApi
+
+    sent = []
+    monkeypatch.setattr(HfApi, "whoami", lambda self: {"name": "me"})
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **more: type("Url", (), {"repo_id": f"me/{name}"}))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **what: sent.append(what) or "https://hub")
+    small = {"max_samples": 2, "epochs": 1, "push_to_hub": True}
+    run(config(home, "sft", "pushed", **small))
+    assert (sent[0]["repo_id"], Path(sent[0]["folder_path"])) == ("me/pushed", home / "pushed" / "model")
+
+    def offline(self, **what):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(HfApi, "upload_folder", offline)
+    with caplog.at_level(logging.WARNING, "tkpo"):
+        assert run(config(home, "sft", "not-pushed", **small))["steps"] == 1
+    assert "no route" in caplog.text and "hf upload" in caplog.text
 
 
 # ---- the whole model

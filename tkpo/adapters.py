@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from tkpo.errors import TKPOError
+from tkpo.outputs import share_mode, write_json
 from tkpo.presets import base_model_hash, load_model, resolve_model
 
 logger = logging.getLogger(__name__)
@@ -81,10 +82,4 @@ def save_adapter(model: PeftModel, folder: Path, base: str, record: dict, state:
     path = folder / "adapter_config.json"
     write_json(path, {**json.loads(path.read_text()), "base_model_name_or_path": base})
     write_json(folder / "tkpo.json", record)
-
-
-def write_json(path: Path, value) -> None:
-    """Write indented JSON; the file is replaced as a whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    share_mode(folder, folder / "tkpo.json")

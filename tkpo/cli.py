@@ -33,12 +33,15 @@ def main(argv: list[str] | None = None) -> int:
     except TKPOError as error:
         print(f"tkpo: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            sys.stderr.close()  # the reader of our output has gone
+            return 0
+        print(f"tkpo: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("tkpo: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone
-        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -177,19 +180,21 @@ def _add_train(commands) -> None:
 
     p = commands.add_parser(
         "train",
-        help="train with SFT, TKPO or DPO, from flags or a YAML file",
-        description="Train an adapter or a whole model. Flags go over the YAML file's keys, which have the same names. "
-        "A run that was interrupted goes on from its last checkpoint when the same command is given again.",
+        help="train with SFT, TKPO, DPO, SimPO or ORPO, from flags or a YAML file",
+        description="Train an adapter or a whole model. Flags override the YAML file, whose keys have the same names. "
+        "An interrupted run resumes from its last checkpoint when the same command is given again.",
     )
     p.add_argument("config", nargs="?", help="YAML file with the keys below (with _ for -)")
-    p.add_argument("--restart", action="store_true", help="delete what the run's folder holds and begin anew")
+    p.add_argument("--restart", action="store_true", help="delete what the run's folder holds and start over")
     for f in dataclasses.fields(RunConfig):
         flag = "--" + f.name.replace("_", "-")
         default = "" if f.default is None else f" (default {f.default})"
         if f.type == "bool":
             p.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=f.metadata["help"])
         else:
-            p.add_argument(flag, metavar=f.type.split(" | ")[0].upper(), help=f.metadata["help"] + default)
+            choices = f.metadata.get("choices")
+            metavar = "{" + ",".join(choices) + "}" if choices else f.type.split(" | ")[0].upper()
+            p.add_argument(flag, metavar=metavar, help=(f.metadata["help"] + default).replace("%", "%%"))
     p.set_defaults(run=_train)
 
 
@@ -198,12 +203,14 @@ def _train(args) -> None:
 
     names = [f.name for f in dataclasses.fields(RunConfig)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    config = RunConfig.load(args.config, **given)  # a wrong one is said before the libraries are imported
+    config = RunConfig.load(args.config, **given)  # a wrong one is refused before the libraries are imported
 
     from tkpo.distributed import leave
+    from tkpo.outputs import full_disk_named
     from tkpo.runs import run
 
-    metrics = run(config, resume=not args.restart)
+    with full_disk_named(config.output):
+        metrics = run(config, resume=not args.restart)
     print(f"{config.output}: {json.dumps(metrics)}")
     leave()
 

@@ -27,6 +27,7 @@ from tkpo.decoder import Decoder
 from tkpo.decoding import PackedDecoder
 from tkpo.errors import TKPOError
 from tkpo.loop_guard import LoopGuard
+from tkpo.machine import find_device
 from tkpo.presets import load_tokenizer, resolve_model
 from tkpo.sampling import Decoding, Pick
 
@@ -224,7 +225,7 @@ class OutlineGenerator:
 
 
 def _load(model: str, folders: dict[str, Path], dtype, device, pad_id: int) -> Decoder:
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(device)
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"  # `PackedDecoder` is quicker than bfloat16 is, also where the CPU has that
     quick = device.type == "cpu" and str(dtype).removeprefix("torch.") == "float32"

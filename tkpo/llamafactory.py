@@ -20,9 +20,10 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM, TrainerCallback
 
 from tkpo.attributes import get_axis
 from tkpo.data import data_dir
-from tkpo.distributed import check_launch, deepspeed_file, init_deepspeed
+from tkpo.distributed import init_deepspeed
 from tkpo.errors import TKPOError
 from tkpo.flip import PromptFlipper
+from tkpo.launch import check_launch, deepspeed_file
 from tkpo.loss import IGNORE_INDEX
 from tkpo.machine import avoid_cudnn_attention
 from tkpo.modeling_qwen2 import patch_qwen2

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from pathlib import Path
 
+import psutil
 import torch
+
+from tkpo.errors import TKPOError
+
+
+def find_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of this name; None takes a CUDA GPU, else Apple's (mps), else the CPU.
+
+    TKPOError for a name that is no device, or a device that this machine or this build of torch does not have.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        return torch.device(next(kind for kind, found in present.items() if found))
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise TKPOError(f"no device {name!r}: choose cpu, cuda, cuda:N or mps") from error
+    if not present.get(device.type, True):
+        there = ", ".join(kind for kind, found in present.items() if found)
+        raise TKPOError(f"device {name} is not available here (torch {torch.__version__}); there is: {there}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise TKPOError(f"device {name} is not available here: this machine has {torch.cuda.device_count()} GPUs")
+    return device
 
 
 def processor() -> str:
@@ -21,7 +43,7 @@ def processor() -> str:
 
 def memory_gib() -> float:
     """Main memory, GiB."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return psutil.virtual_memory().total / 2**30
 
 
 def read_bandwidth(size: int = 1 << 28) -> float:

@@ -7,6 +7,7 @@ while one is being made `<preset>.slices/`, `<preset>.gguf` and `<preset>.part/`
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -34,6 +35,7 @@ from transformers import (
 )
 
 from tkpo.errors import TKPOError
+from tkpo.machine import find_device
 
 # transformers imports DeepSpeed, where it is installed, to save a model. Without an accelerator DeepSpeed guesses the
 # CPU and says so on stdout, in the middle of what our commands print.
@@ -134,17 +136,59 @@ def load_tokenizer(name_or_path: str | Path):
     return AutoTokenizer.from_pretrained(resolve_model(name_or_path))
 
 
-def load_model(name_or_path: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None):
+def load_model(
+    name_or_path: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+    quantization: str | None = None,
+):
     """Load the causal language model of a preset, local folder or hub id, in evaluation mode.
 
-    `device`: a torch device; None takes the GPU if there is one. `dtype`: one of `DTYPES`, by name or itself;
-    "auto" is `default_dtype(device)`. Raises TKPOError for a wrong dtype, else as `resolve_model`.
+    name_or_path: as `resolve_model` takes it.
+    dtype: one of `DTYPES`, by name or itself; "auto" is `default_dtype(device)`.
+    device: as `tkpo.machine.find_device` takes it.
+    attn_implementation: as transformers names it ("sdpa", "flash_attention_2", ...); None leaves the choice to it.
+    quantization: "4bit" loads NF4 weights by bitsandbytes, for an adapter on top (QLoRA).
+    Raises TKPOError for a dtype, device, attention or quantization that cannot be had here, else as `resolve_model`.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(device)
     found = default_dtype(device) if dtype == "auto" else DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:
         raise TKPOError(f"no dtype {dtype} for a model: choose auto, {', '.join(DTYPES)}")
-    return AutoModelForCausalLM.from_pretrained(resolve_model(name_or_path), dtype=found).to(device)
+    options = {"dtype": found}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    if quantization:
+        options |= {"quantization_config": _quantized(quantization, found), "device_map": {"": device}}
+    folder = resolve_model(name_or_path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (ImportError, ValueError, RuntimeError) as error:
+        if len(options) == 1:
+            raise
+        wanted = " and ".join(filter(None, (attn_implementation, quantization)))
+        raise TKPOError(
+            f"{name_or_path} cannot be loaded with {wanted} here: {' '.join(str(error).split())}"
+        ) from error
+    return model if quantization else model.to(device)
+
+
+def _quantized(name: str, dtype: torch.dtype):
+    """transformers' configuration of a quantization; TKPOError where bitsandbytes cannot run."""
+    if name != "4bit":
+        raise TKPOError(f"no quantization {name!r}: there is 4bit")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise TKPOError("quantization 4bit needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:  # whatever its native library raises where it does not load
+        raise TKPOError(f"quantization 4bit: bitsandbytes does not load here: {error}") from error
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def default_dtype(device: str | torch.device = "cpu") -> torch.dtype:

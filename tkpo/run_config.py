@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,117 +12,175 @@ import yaml
 
 from tkpo.data.prompts import INSTRUCTION_FIRST, PROMPT_ORDERS
 from tkpo.errors import TKPOError
-from tkpo.methods import CONTINUED, METHODS
+from tkpo.launch import deepspeed_file
+from tkpo.methods import METHODS
 from tkpo.settings import CONTRAST_POSITIONS, REDUCTIONS, SAMPLERS, TKPOSettings
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+# transformers' schedules that need no arguments of their own
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+TRACKERS = ("none", "tensorboard", "wandb", "trackio")
+STOP_METRICS = {  # metric → the methods that validate it
+    "cross_entropy": tuple(METHODS),
+    "loss": ("sft", "tkpo", "contrast"),
+    "preference": ("tkpo",),
+    "reward": ("tkpo",),
+    "accuracy": ("tkpo",),
+    "contrast": ("contrast",),
+}
+PATHS = ("model", "output", "axes_file", "data_dir", "sft_adapter", "deepspeed", "dataset")
+
+
+def _option(default, help: str, **limits):
+    """A field of RunConfig. limits: choices (tuple), least (≥), above (>) or most (≤) of a value that is not None."""
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass
 class RunConfig:
-    """What a run is; every field is a flag of `tkpo train` and a key of its YAML file."""
+    """What a run is; every field is a flag of `tkpo train` and a key of its YAML file.
 
-    method: str = field(default="tkpo", metadata={"help": f"one of {', '.join(METHODS)}"})
-    dataset: str = field(
-        default="language_style", metadata={"help": "name in dataset_info.json, or a JSON file; several with commas"}
-    )
-    model: str = field(default="qwen2.5-coder-0.5b", metadata={"help": "preset, local folder or hub id"})
-    output: str | None = field(default=None, metadata={"help": "folder of the run; default runs/METHOD-DATASET-SEED"})
-    axis: str | None = field(default=None, metadata={"help": "axis of the flip; default: the data set's name"})
-    axes_file: str | None = field(default=None, metadata={"help": "YAML table of attributes and axes of your own"})
-    data_dir: str | None = field(default=None, metadata={"help": "folder with dataset_info.json; default data"})
-    lang: str | None = field(default=None, metadata={"help": "en or zh; default both"})
-    max_samples: int | None = field(default=None, metadata={"help": "train on so many samples, chosen by hash"})
-    max_articles: int | None = field(
-        default=None, metadata={"help": "train on at most N articles in all their styles, balanced, picked by hash"}
-    )
-    prompt_order: str = field(
-        default=INSTRUCTION_FIRST, metadata={"help": "instruction_first (as published) or article_first"}
-    )
-    sft_adapter: str | None = field(default=None, metadata={"help": "dpo, simpo: the run or adapter they continue"})
+    Raises TKPOError for a value outside its range, or for values that exclude each other.
+    """
 
-    finetuning: str = field(default="lora", metadata={"help": "lora or full"})
-    lora_rank: int = field(default=8, metadata={"help": "rank of the adapter"})
-    lora_alpha: int = field(default=16, metadata={"help": "scale of the adapter"})
-
-    epochs: float = field(default=1.0, metadata={"help": "passes over the samples"})
-    batch_size: int = field(default=8, metadata={"help": "samples (or pairs) an optimizer step"})
-    micro_batch_size: int | None = field(
-        default=None, metadata={"help": "samples per forward pass; default 1, with --share-prefix 4"}
+    method: str = _option("tkpo", "training method", choices=tuple(METHODS))
+    dataset: str = _option("language_style", "name in dataset_info.json, or a JSON file; several with commas")
+    model: str = _option("qwen2.5-coder-0.5b", "preset, local folder or hub id")
+    output: str | None = _option(None, "folder of the run; default runs/METHOD-DATASET-SEED")
+    axis: str | None = _option(None, "axis of the flip; default: the data set's name")
+    axes_file: str | None = _option(None, "YAML table of your own attributes and axes")
+    data_dir: str | None = _option(None, "folder with dataset_info.json; default data")
+    lang: str | None = _option(None, "language of the samples; default both", choices=("en", "zh"))
+    max_samples: int | None = _option(None, "train on at most N samples, picked by hash", least=1)
+    max_articles: int | None = _option(
+        None, "train on at most N articles in all their styles, balanced, picked by hash", least=1
     )
-    share_prefix: bool = field(
-        default=False,
-        metadata={"help": "sft, tkpo, contrast: read what samples share, an article for all its styles, once"},
+    prompt_order: str = _option(
+        INSTRUCTION_FIRST, "of the prompt's two parts; instruction_first is the published one", choices=PROMPT_ORDERS
     )
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "peak; default 2e-4 for sft, tkpo, orpo, 1e-5 for dpo, simpo; full: a tenth"}
-    )
-    scheduler: str = field(default="cosine", metadata={"help": "learning rate schedule"})
-    warmup: float = field(default=0.05, metadata={"help": "share of the steps that warms up"})
-    max_length: int = field(default=1024, metadata={"help": "tokens at which a sample is cut"})
-    seed: int = field(default=0, metadata={"help": "seed of order, adapter and draws"})
-    dtype: str = field(default="auto", metadata={"help": "of the base model: auto, float32, bfloat16, float16"})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: what there is"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
-    deepspeed: str | None = field(default=None, metadata={"help": "DeepSpeed configuration file"})
-
-    preference_weight: float = field(default=TKPOSettings.preference_weight, metadata={"help": "tkpo: lambda"})
-    tau: float = field(default=TKPOSettings.tau, metadata={"help": "tkpo: temperature"})
-    num_rejects: int = field(default=TKPOSettings.num_rejects, metadata={"help": "tkpo: K"})
-    sampler: str = field(default=TKPOSettings.sampler, metadata={"help": f"tkpo: {', '.join(SAMPLERS)}"})
-    reduction: str = field(default=TKPOSettings.reduction, metadata={"help": f"tkpo: {' or '.join(REDUCTIONS)}"})
-    contrast_weight: float = field(default=1.0, metadata={"help": "contrast: weight of the prompt contrast"})
-    contrast_beta: float = field(
-        default=TKPOSettings.contrast_beta, metadata={"help": "contrast: inverse temperature of the prompt contrast"}
-    )
-    contrast_positions: str = field(
-        default=TKPOSettings.contrast_positions, metadata={"help": f"contrast: {' or '.join(CONTRAST_POSITIONS)}"}
-    )
-    beta: float | None = field(
-        default=None, metadata={"help": "dpo, simpo: beta, orpo: lambda; default 0.1, simpo 2.0"}
+    sft_adapter: str | None = _option(
+        None, "dpo, simpo: the run or adapter to continue; default: a new adapter on the base"
     )
 
-    save_steps: int = field(default=20, metadata={"help": "optimizer steps between checkpoints"})
-    eval_steps: int = field(default=0, metadata={"help": "steps between validations; 0: none"})
-    eval_samples: int | None = field(default=None, metadata={"help": "validate on so many samples, chosen by hash"})
+    finetuning: str = _option("lora", "train an adapter or the whole model", choices=("lora", "full"))
+    lora_rank: int = _option(8, "rank of the adapter", least=1)
+    lora_alpha: int = _option(16, "scale of the adapter", least=1)
+    quantization: str | None = _option(None, "load the base in 4 bits (QLoRA), by bitsandbytes", choices=("4bit",))
+    attn_implementation: str | None = _option(
+        None, "attention of the base, as transformers names it: sdpa, eager, flash_attention_2; default: its choice"
+    )
+
+    epochs: float = _option(1.0, "passes over the samples", above=0)
+    batch_size: int = _option(8, "samples (or pairs) per optimizer step", least=1)
+    micro_batch_size: int | None = _option(
+        None, "samples (or pairs) per forward pass and process; default 1, with --share-prefix 4", least=1
+    )
+    share_prefix: bool = _option(
+        False, "sft, tkpo, contrast: read what samples share, an article for all its styles, once"
+    )
+    learning_rate: float | None = _option(
+        None, "peak; default 2e-4 for sft, tkpo, orpo, 1e-5 for dpo, simpo; full: a tenth of that", above=0
+    )
+    scheduler: str = _option("cosine", "learning rate schedule", choices=SCHEDULERS)
+    warmup: float = _option(0.05, "share of the steps with rising learning rate, 0 to 1", least=0, most=1)
+    max_length: int = _option(1024, "tokens at which a sample is cut", least=1)
+    seed: int = _option(0, "seed of sample order, adapter and draws", least=0, most=2**32 - 1)
+    dtype: str = _option("auto", "dtype of the base model", choices=DTYPES)
+    device: str | None = _option(None, "cpu, cuda (cuda:1, …) or mps; default: a GPU if there is one, else cpu")
+    gradient_checkpointing: bool = _option(False, "less memory for a third more time")
+    deepspeed: str | None = _option(None, "DeepSpeed configuration: a file, or the name of a shipped one")
+
+    preference_weight: float = _option(TKPOSettings.preference_weight, "tkpo: lambda", least=0)
+    tau: float = _option(TKPOSettings.tau, "tkpo: temperature", above=0)
+    num_rejects: int = _option(TKPOSettings.num_rejects, "tkpo: K, reject tokens per position", least=1)
+    sampler: str = _option(TKPOSettings.sampler, "tkpo: how rejects are drawn", choices=SAMPLERS)
+    reduction: str = _option(TKPOSettings.reduction, "tkpo: mean over positions", choices=REDUCTIONS)
+    contrast_weight: float = _option(1.0, "contrast: weight of the prompt contrast", least=0)
+    contrast_beta: float = _option(
+        TKPOSettings.contrast_beta, "contrast: inverse temperature of the prompt contrast", above=0
+    )
+    contrast_positions: str = _option(
+        TKPOSettings.contrast_positions, "contrast: how response positions are weighted", choices=CONTRAST_POSITIONS
+    )
+    beta: float | None = _option(None, "dpo, simpo: beta, orpo: lambda; default 0.1, simpo 2.0", least=0)
+    rpo_alpha: float = _option(0.0, "dpo: weight of the likelihood of the chosen responses (RPO)", least=0)
+
+    save_steps: int = _option(20, "optimizer steps between checkpoints", least=1)
+    eval_steps: int = _option(0, "optimizer steps between validations; 0: none", least=0)
+    eval_samples: int | None = _option(None, "validate on at most N samples, picked by hash", least=1)
+    early_stopping: int | None = _option(None, "stop after N validations without improvement", least=1)
+    early_stopping_metric: str = _option(
+        "cross_entropy", "validation metric that has to improve", choices=tuple(STOP_METRICS)
+    )
+
+    report_to: str = _option("none", "experiment tracker", choices=TRACKERS)
+    run_name: str | None = _option(None, "name of the run in the tracker; default: the output folder's name")
+    push_to_hub: bool = _option(False, "upload the trained model or adapter when the run ends")
+    hub_model_id: str | None = _option(None, "repository on the hub, USER/NAME; default: your own, named as the run")
 
     def __post_init__(self):
-        for name, choices in (
-            ("method", METHODS),
-            ("finetuning", ("lora", "full")),
-            ("prompt_order", PROMPT_ORDERS),
-        ):
-            if getattr(self, name) not in choices:
-                raise TKPOError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if value is not None and (fault := _fault(value, option.metadata)):
+                raise TKPOError(f"{option.name} {fault}, not {value!r}")
         if self.micro_batch_size is None:
             self.micro_batch_size = 4 if self.share_prefix else 1
-        if self.share_prefix and METHODS[self.method].pairwise:
+        self._check_together()
+        for name in PATHS:
+            if str(getattr(self, name) or "").startswith("~"):
+                setattr(self, name, str(Path(getattr(self, name)).expanduser()))
+        if self.output is None:
+            self.output = f"runs/{self.method}-{Path(self.dataset).stem}-{self.seed}"
+        if self.axis is None:
+            self.axis = Path(self.dataset).stem
+        method = METHODS[self.method]
+        if self.beta is None:
+            self.beta = method.beta
+        if self.learning_rate is None:
+            self.learning_rate = method.learning_rate / (10 if self.finetuning == "full" else 1)
+        if self.deepspeed:
+            deepspeed_file(self.deepspeed)
+
+    def _check_together(self) -> None:
+        """TKPOError for values that are right by themselves but exclude each other."""
+        method = METHODS[self.method]
+        if self.device and not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", self.device):
+            raise TKPOError(f"device must be cpu, cuda, cuda:N or mps, not {self.device!r}")
+        if self.share_prefix and method.pairwise:
             raise TKPOError(
                 f"share_prefix is for sft, tkpo and contrast; {self.method} is trained by TRL, pair by pair"
             )
         if self.share_prefix and self.micro_batch_size < 2:
             raise TKPOError("share_prefix needs a micro_batch_size of 2 or more: one sample shares nothing")
-        for name in ("epochs", "batch_size", "micro_batch_size", "max_length", "save_steps", "lora_rank"):
-            if not getattr(self, name) > 0:
-                raise TKPOError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.batch_size % self.micro_batch_size:
-            raise TKPOError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
-        if self.method in CONTINUED and not self.sft_adapter and self.finetuning == "lora":
             raise TKPOError(
-                f"{self.method} continues an SFT adapter: give --sft-adapter RUN_FOLDER (train one with --method sft)"
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
             )
-        if self.sft_adapter and (self.method not in CONTINUED or self.finetuning == "full"):
+        if self.sft_adapter and (not method.continues_sft or self.finetuning == "full"):
             raise TKPOError(
                 "sft_adapter is for dpo and simpo with lora; with full fine-tuning the SFT model itself is --model"
             )
+        if self.rpo_alpha and self.method != "dpo":
+            raise TKPOError(f"rpo_alpha is a term of dpo; {self.method} has none")
+        if self.quantization and (self.finetuning == "full" or self.deepspeed):
+            raise TKPOError("quantization trains an adapter on a frozen base: not with finetuning full or deepspeed")
         if self.eval_steps and Path(self.dataset).suffix in (".json", ".jsonl"):
             raise TKPOError("eval_steps needs a data set of dataset_info.json, with its validation file: not a file")
-        if self.output is None:
-            self.output = f"runs/{self.method}-{Path(self.dataset).stem}-{self.seed}"
-        if self.axis is None:
-            self.axis = Path(self.dataset).stem
-        if self.beta is None:
-            self.beta = METHODS[self.method].beta
-        if self.learning_rate is None:
-            self.learning_rate = METHODS[self.method].learning_rate / (10 if self.finetuning == "full" else 1)
+        if self.early_stopping and not self.eval_steps:
+            raise TKPOError("early_stopping needs validations: set eval_steps")
+        if self.early_stopping and self.method not in STOP_METRICS[self.early_stopping_metric]:
+            own = ", ".join(name for name, methods in STOP_METRICS.items() if self.method in methods)
+            raise TKPOError(f"early_stopping_metric of {self.method} must be one of {own}")
+        if self.hub_model_id and not self.push_to_hub:
+            raise TKPOError("hub_model_id is where push_to_hub uploads to: add push_to_hub")
 
     @classmethod
     def load(cls, path: str | Path | None = None, **overrides) -> RunConfig:
@@ -165,3 +225,21 @@ def _whole(value) -> int:
     if float(value) != int(float(value)):
         raise ValueError
     return int(float(value))
+
+
+def _fault(value, limits) -> str | None:
+    """What a value has to be, if it is not."""
+    if "choices" in limits and value not in limits["choices"]:
+        return f"must be one of {', '.join(limits['choices'])}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    wanted = [
+        (name, limits[key])
+        for key, name, holds in (
+            ("least", "at least", lambda v, limit: v >= limit),
+            ("above", "above", lambda v, limit: v > limit),
+            ("most", "at most", lambda v, limit: v <= limit),
+        )
+        if key in limits and not holds(value, limits[key])
+    ]
+    return f"must be {wanted[0][0]} {wanted[0][1]}" if wanted else None
