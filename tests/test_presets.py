@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GgufConfig, LlamaConfig, LlamaForCausalLM
 
 from tkpo import presets
 from tkpo.errors import TKPOError
@@ -323,7 +323,8 @@ def test_small_has_the_logits_of_the_llama_original():
         tie_word_embeddings=True,
     )
     # Both rounded to bfloat16, which is how the preset is stored, then computed in float32.
-    source = {"gguf_file": "small.gguf", "config": config, "dtype": torch.bfloat16}
+    packed = GgufConfig(dequantize=True)
+    source = {"gguf_file": "small.gguf", "config": config, "dtype": torch.bfloat16, "quantization_config": packed}
     llama = LlamaForCausalLM.from_pretrained(REAL_CACHE, **source).float()
     qwen2 = presets.load_model(REAL_CACHE / "small", "float32", "cpu")
     tokenizer = presets.load_tokenizer(REAL_CACHE / "small")
