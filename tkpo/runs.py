@@ -318,5 +318,5 @@ def _save(trainer, tokenizer, folder: Path, config: RunConfig, base_hash: str) -
     if int(os.environ.get("RANK", 0)):
         return
     record = {"base_model": config.model, "base_model_sha256": base_hash}
-    record |= {name: getattr(config, name) for name in ("method", "dataset", "axis")}
+    record |= {name: getattr(config, name) for name in ("method", "dataset", "axis", "prompt_order")}
     save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder, config.model, record, state)
