@@ -1,7 +1,7 @@
 """How quickly outlines are written on a CPU: three adapters in one batch, and one after another.
 
-    python paper/benchmark_decoding.py
-    python paper/benchmark_decoding.py --table paper/results/benchmark/decoding.json
+    python -m paper.benchmark_decoding
+    python -m paper.benchmark_decoding --table paper/results/benchmark/decoding.json
 
 One prompt under three adapters (SFT, DPO, TKPO), greedily, the same number of tokens in every form: by tkpo.decoding
 and by transformers with PEFT, the three rows in one batch and one after another; where the CPU multiplies in bfloat16,
@@ -23,10 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benchmark import FOLDER, Setup, machine, save, versions
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
+from paper.benchmark import FOLDER, Setup, machine, save, versions
 from tkpo.adapters import adapter_folder
 from tkpo.attributes import get_axis
 from tkpo.data import make_record

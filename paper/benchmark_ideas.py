@@ -1,6 +1,6 @@
 """Ideas for a faster training step, measured: one batch for both passes, torch.compile, bucketing, draws.
 
-    python paper/benchmark_ideas.py
+    python -m paper.benchmark_ideas
 
 passes: the backbone reads a true and a flipped sample, in one batch of two or one after the other.
 compile: forward and backward of the backbone with LoRA, plain and by torch.compile, and the seconds compiling took.
@@ -20,10 +20,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benchmark import FOLDER, Setup, count_tokens, fresh_model, lora_config, machine, save, training_records, versions
 from peft import get_peft_model
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from paper.benchmark import (
+    FOLDER,
+    Setup,
+    count_tokens,
+    fresh_model,
+    lora_config,
+    machine,
+    save,
+    training_records,
+    versions,
+)
 from tkpo.attributes import get_axis
 from tkpo.data import load_records
 from tkpo.encoding import encode_dataset

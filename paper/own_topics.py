@@ -1,6 +1,6 @@
 """Outlines by SFT, DPO and TKPO for twenty topics that are not in the corpus → results/own_topics.json.
 
-    python paper/own_topics.py
+    python -m paper.own_topics
 
 Each is judged as `tkpo evaluate` judges a test sample: does it parse, does it keep to the asked style's headings, and
 which style does the classifier read it as.

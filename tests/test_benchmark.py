@@ -12,14 +12,11 @@ import pytest
 import torch
 from random_adapters import random_adapter
 
+from paper import benchmark, benchmark_decoding, benchmark_ideas
 from tkpo.loss import tkpo_loss
 from tkpo.presets import default_dtype
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "paper"))  # the processes that it starts look there too
-import benchmark  # noqa: E402
-import benchmark_decoding  # noqa: E402
-import benchmark_ideas  # noqa: E402
 
 
 def test_the_plain_loss_is_the_fused_one_where_nothing_is_left_to_chance():

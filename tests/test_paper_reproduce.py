@@ -13,19 +13,18 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from rouge_score.rouge_scorer import RougeScorer
 
+from paper.reproduction import grid, pages, rendering, tables
+from paper.reproduction.experiments import Experiments
+from paper.reproduction.store import Store
 from tkpo.data import load_records
 from tkpo.errors import TKPOError
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "paper"))
-
-from reproduction import grid, readme, tables  # noqa: E402
-from reproduction.store import Store  # noqa: E402
-
 PRESET = "qwen2.5-coder-0.5b"
 SCRIPT = str(ROOT / "paper" / "reproduce.py")
 
@@ -108,6 +107,18 @@ def cell(folder, number, *where, column):
     raise AssertionError(f"no row {where}")
 
 
+@pytest.mark.parametrize("number", grid.TABLES)
+def test_every_cell_is_what_it_was_before_tables_became_frames(number, grids, preset):
+    """The CSV files were written by the code that grouped and averaged by hand."""
+    experiments = Experiments(Store(ROOT / "paper" / "results", preset), grids)
+    before = (ROOT / "tests" / "paper_tables_before" / f"table{number}.csv").read_text()
+    rows = [
+        list(csv.reader(text.splitlines())) for text in (rendering.csv_text(tables.TABLES[number](experiments)), before)
+    ]
+    assert sum(map(len, rows[1])) > 100
+    assert rows[0] == rows[1]
+
+
 # ---- experiments
 
 
@@ -168,6 +179,8 @@ def test_the_ablations_cover_what_they_promise(grids, preset):
         ("{title: x, serves: [], datasets: [], methods: [ppo], seeds: [0]}", "ppo"),
         ("{title: x, serves: [], datasets: [], methods: [], seeds: [0], share: 0}", "share"),
         ("{title: x, serves: [], datasets: [], methods: [], seeds: [0], tuned_by: {grid: none}}", "none"),
+        ("{title: x, serves: [], datasets: [], methods: [], seeds: [0]}", "no table or figure"),
+        ("{title: x, serves: [table 99], datasets: [], methods: [], seeds: [0]}", "table 99"),
     ],
 )
 def test_a_wrong_grid_says_what_is_wrong(tmp_path, text, part):
@@ -182,7 +195,7 @@ def test_a_wrong_grid_says_what_is_wrong(tmp_path, text, part):
 
 def test_table_2_scores_the_stored_predictions(stored, grids, tmp_path):
     store = stored(tkpo=first_line, dpo=blank, sft=perfect)
-    tables.write(tables.table2(tables.Results(store, grids)), tmp_path)
+    rendering.write(tables.table2(Experiments(store, grids)), tmp_path)
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     records = load_records("language_style", "test", "en")[: store.preset.datasets["language_style"]["limit"]]
     for ours, theirs in (("R-1", "rouge1"), ("R-L", "rougeL")):
@@ -201,50 +214,51 @@ def test_table_2_scores_the_stored_predictions(stored, grids, tmp_path):
 
 def test_a_changed_prediction_changes_the_table(stored, grids, preset):
     store = stored(tkpo=perfect)
-    before = tables.csv_text(tables.table2(tables.Results(store, grids)))
+    before = rendering.csv_text(tables.table2(Experiments(store, grids)))
     path = store.path(grid.Run("language_style", "tkpo", 0))
     record = json.loads(path.read_text())
     record["predictions"][0]["prediction"] = "1. Something else"
     path.write_text(json.dumps(record))
     fresh = Store(store.folder.parent, preset)
-    assert tables.csv_text(tables.table2(tables.Results(fresh, grids))) != before
+    assert rendering.csv_text(tables.table2(Experiments(fresh, grids))) != before
 
 
 def test_seeds_give_a_mean_and_its_spread(stored, grids, preset, tmp_path):
     store = stored(tkpo=perfect)
     second = grid.Run("language_style", "tkpo", 1)
     store.add(second, record_of(second, preset, blank))
-    tables.write(tables.table2(tables.Results(store, grids)), tmp_path)
+    rendering.write(tables.table2(Experiments(store, grids)), tmp_path)
     assert cell(tmp_path, 2, "language style", "English", "TKPO", column="R-1") == "50.0 ± 70.7"
     assert cell(tmp_path, 2, "language style", "English", "TKPO", column="seeds") == "2 of 3"
 
 
 def test_a_table_says_what_it_lacks_until_it_lacks_nothing(stored, grids, preset):
     store = stored(tkpo=perfect)
-    results = tables.Results(store, grids)
+    results = Experiments(store, grids)
     (note,) = results.notes("table 4")
     assert "python paper/reproduce.py --run --table 4" in note
     assert note in tables.table4(results).notes
     missing = [run for _, runs in results.serving("table 4") for run in runs if not store.get(run)]
     for run in missing[1:]:
         store.add(run, record_of(run, preset, blank))
-    assert tables.Results(store, grids).notes("table 4") == [note]
+    assert Experiments(store, grids).notes("table 4") == [note]
     store.add(missing[0], record_of(missing[0], preset, blank))
-    assert tables.Results(store, grids).notes("table 4") == []
+    assert Experiments(store, grids).notes("table 4") == []
 
 
 def test_gains_and_verdicts_follow_the_interval(stored, grids):
-    results = tables.Results(stored(tkpo=perfect, dpo=first_line, sft=perfect), grids)
+    results = Experiments(stored(tkpo=perfect, dpo=first_line, sft=perfect), grids)
     lines = [line for line in tables.findings(results).splitlines() if line.startswith("| language style | English")]
     against_dpo, against_sft = (line.split(" | ") for line in lines)
     assert "R-1" in against_dpo[3] and "R-1" not in against_dpo[5]
     assert against_sft[3] == "–" and "R-1 +0.0" in against_sft[4]
     assert "loses" in tables.findings(results).splitlines()[0]
-    gains = {row[2]: row for row in tables.table2(results).blocks[1].rows if row[:2] == ["language style", "English"]}
-    assert gains["TKPO over SFT"][3] == "+0.0 [+0.0, +0.0]"
-    low, high = map(float, re.findall(r"[+-][0-9.]+", gains["TKPO over DPO"][3].split("[")[1]))
+    gains = tables.table2(results).blocks[1].cells.set_index(["data set", "language", "gain, %"])["R-1"]
+    gains = gains.sort_index()["language style", "English"]
+    assert gains["TKPO over SFT"] == "+0.0 [+0.0, +0.0]"
+    low, high = map(float, re.findall(r"[+-][0-9.]+", gains["TKPO over DPO"].split("[")[1]))
     assert 0 < low <= high
-    assert gains["TKPO, tuned over DPO, tuned"][3] == "†"
+    assert gains["TKPO, tuned over DPO, tuned"] == "†"
 
 
 def test_a_record_made_with_other_settings_does_not_count(stored, grids, preset, caplog):
@@ -282,16 +296,16 @@ def test_tuning_chooses_on_validation_and_waits_until_all_tries_of_a_data_set_ar
     for run in tries:
         if run not in last.values():
             store.add(run, record_of(run, preset, perfect if run in best.values() else first_line))
-    assert store.tuned(tuned, grids) is None
+    assert Experiments(store, grids).tuned(tuned) is None
     for dataset, run in last.items():
-        assert dataset not in {r.dataset for r in store.tuned(tuned, grids) or []}
+        assert dataset not in {r.dataset for r in Experiments(store, grids).tuned(tuned) or []}
         store.add(run, record_of(run, preset, blank))
-        assert dataset in {r.dataset for r in store.tuned(tuned, grids)}
-    found = store.tuned(tuned, grids)
+        assert dataset in {r.dataset for r in Experiments(store, grids).tuned(tuned)}
+    found = Experiments(store, grids).tuned(tuned)
     settings = {"dpo": (("beta", 0.5),), "tkpo": (("preference_weight", 0.1),)}  # beside the preset's own
     assert {(r.dataset, r.method): r.settings for r in found} == {key: settings[key[1]] for key in best}
     assert all(r.split == "test" and r.share == 1 for r in found)
-    note = next(n for n in tables.table2(tables.Results(store, grids)).notes if n.startswith("*tuned*"))
+    note = next(n for n in tables.table2(Experiments(store, grids)).notes if n.startswith("*tuned*"))
     assert "DPO on language style: beta 0.5, learning_rate 2e-05" in note
 
 
@@ -300,14 +314,14 @@ def test_a_choice_that_is_the_presets_own_needs_no_other_run(grids, preset, tmp_
     for run in grids["4-tuning"].runs(preset):
         own = dict(run.settings).items() <= vars(grid.run_config(grid.Run(run.dataset, run.method, 0), preset)).items()
         store.add(run, record_of(run, preset, perfect if own else first_line))
-    found = store.tuned(grids["5-tuned"], grids)
+    found = Experiments(store, grids).tuned(grids["5-tuned"])
     assert {run.name for run in found} == {
         f"{dataset}/{method}-seed0" for dataset in ("language_style", "level_of_detail") for method in ("dpo", "tkpo")
     }
 
 
 def test_asking_for_other_seeds_leaves_the_tries_of_the_tuning_as_they_are(grids, preset, tmp_path):
-    results = tables.Results(Store(tmp_path, preset), grids, seeds=[7])
+    results = Experiments(Store(tmp_path, preset), grids, seeds=[7])
     runs = {one.name: runs for one, runs in results.serving("table 2")}
     assert {run.seed for run in runs["4-tuning"]} == {0}
     assert {run.seed for run in runs["1-main"]} == {0, 7}  # zero-shot has no seed
@@ -315,21 +329,21 @@ def test_asking_for_other_seeds_leaves_the_tries_of_the_tuning_as_they_are(grids
 
 
 def test_an_english_preset_has_no_chinese_rows(grids, tmp_path):
-    results = tables.Results(Store(tmp_path, grid.load_preset("small")), grids)
-    languages = {row[1] for block in tables.table2(results).blocks for row in block.rows}
+    results = Experiments(Store(tmp_path, grid.load_preset("small")), grids)
+    languages = {value for block in tables.table2(results).blocks for value in block.cells["language"]}
     assert languages == {"English", ""}
 
 
 def test_the_sft_run_comes_before_the_run_that_continues_it(preset, tmp_path):
-    from reproduction.runner import _Step, _with_sft
+    from paper.reproduction.runner import Step, _with_sft
 
     store = Store(tmp_path, preset)
     sft, dpo = (grid.Run("language_style", method, 5) for method in ("sft", "dpo"))
-    assert _with_sft(store, dpo, tmp_path, [dpo, sft]) == [_Step(sft), _Step(dpo)]
-    assert _with_sft(store, dpo, tmp_path, [dpo]) == [_Step(sft, alone=True), _Step(dpo)]
+    assert _with_sft(store, dpo, tmp_path, [dpo, sft]) == [Step(sft), Step(dpo)]
+    assert _with_sft(store, dpo, tmp_path, [dpo]) == [Step(sft, alone=True), Step(dpo)]
     (tmp_path / sft.name).mkdir(parents=True)
     (tmp_path / sft.name / "metrics.json").write_text("{}")
-    assert _with_sft(store, dpo, tmp_path, [dpo]) == [_Step(dpo)]
+    assert _with_sft(store, dpo, tmp_path, [dpo]) == [Step(dpo)]
 
 
 class Pretended:
@@ -361,9 +375,9 @@ class Pretended:
 @pytest.fixture
 def pretend(preset, tmp_path, monkeypatch):
     """Does runs of these methods, so many at a time, with pretended processes."""
-    from reproduction import runner
+    from paper.reproduction import runner
 
-    monkeypatch.setattr(runner, "_Process", Pretended)
+    monkeypatch.setattr(runner, "RunProcess", Pretended)
     monkeypatch.setattr(runner.multiprocessing.connection, "wait", lambda *_, **__: None)
 
     def go(*methods, jobs=1, failing=()):
@@ -390,7 +404,7 @@ def test_runs_whose_sft_run_failed_are_left_out_and_named(pretend, methods):
 
 
 def test_an_interrupt_stops_all_that_run(pretend, monkeypatch):
-    from reproduction import runner
+    from paper.reproduction import runner
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -405,25 +419,22 @@ def test_costs_of_two_machines_are_never_put_together(stored, grids, preset):
     store = stored(sft=perfect, tkpo=perfect)
     gpu = grid.Run("language_style", "dpo", 0)
     store.add(gpu, record_of(gpu, preset, perfect, seconds=0.1, cpu="another"))
-    found = {
-        b.caption: b.rows for b in tables.table3(tables.Results(store, grids)).blocks if b.caption.startswith("Whole")
-    }
+    blocks = tables.table3(Experiments(store, grids)).blocks
+    found = {block.caption: block.cells for block in blocks if block.caption.startswith("Whole")}
     assert len(found) == 2
-    header = next(b.header for b in tables.table3(tables.Results(store, grids)).blocks if b.caption in found)
-    for caption, rows in found.items():
-        assert ("DPO" in {row[1] for row in rows}) == ("another" in caption)
-    dpo = next(row for rows in found.values() for row in rows if row[1] == "DPO")
-    assert dpo[header.index("s whole pipeline")] == "–"  # its SFT run is from the other machine
-    row = next(r for rows in found.values() for r in rows if r[:2] == ["language style", "TKPO"])
-    assert float(row[header.index("s to train")]) == 2.0 * 10 - 2 * 0.5  # without validation
+    for caption, cells in found.items():
+        assert ("DPO" in set(cells["method"])) == ("another" in caption)
+    every = pd.concat(found.values()).set_index(["data set", "method"])
+    assert every.loc[("language style", "DPO"), "s whole pipeline"] == "–"  # its SFT run is from the other machine
+    # without validation:
+    assert float(every.loc[("language style", "TKPO"), "s to train"]) == 2.0 * 10 - 2 * 0.5
 
 
 def test_the_pipeline_of_dpo_has_its_sft_run_in_it(stored, grids):
-    results = tables.Results(stored(sft=perfect, tkpo=perfect, dpo=perfect), grids)
+    results = Experiments(stored(sft=perfect, tkpo=perfect, dpo=perfect), grids)
     block = next(b for b in tables.table3(results).blocks if b.caption.startswith("Whole"))
-    rows = {row[1]: row for row in block.rows if row[0] == "language style"}
-    whole = block.header.index("s whole pipeline")
-    assert float(rows["DPO"][whole]) == 2 * float(rows["TKPO"][whole])
+    whole = block.cells.set_index(["data set", "method"])["s whole pipeline"]["language style"].astype(float)
+    assert whole["DPO"] == 2 * whole["TKPO"]
 
 
 def test_table_3_reads_the_benchmark(stored, grids):
@@ -454,15 +465,14 @@ def test_table_3_reads_the_benchmark(stored, grids):
     folder.mkdir()
     (folder / "x.json").write_text(json.dumps(bench))
     (folder / "loss-head.json").write_text("{}")
-    block = tables.table3(tables.Results(store, grids)).blocks[0]
-    rows = {row[0]: dict(zip(block.header, row, strict=True)) for row in block.rows}
+    rows = tables.table3(Experiments(store, grids)).blocks[0].cells.set_index("method").to_dict("index")
     assert set(rows) == {"TKPO", "DPO"}
     assert (rows["TKPO"]["× DPO"], rows["TKPO"]["× DPO counted"]) == ("0.43", "0.50")
     assert rows["TKPO"]["× DPO published"] == "0.5625"
 
 
 def test_table_1_counts_the_files(grids, preset, tmp_path):
-    tables.write(tables.table1(tables.Results(Store(tmp_path, preset), grids)), tmp_path)
+    rendering.write(tables.table1(Experiments(Store(tmp_path, preset), grids)), tmp_path)
     raw = json.loads((ROOT / "data" / "language_style" / "train.zh.json").read_text())
     for attribute in ("literary", "objective"):
         own = [r for r in raw if r["attribute"] == attribute]
@@ -474,7 +484,7 @@ def test_table_1_counts_the_files(grids, preset, tmp_path):
 
 
 def test_latex_is_balanced_and_escaped(stored, grids):
-    text = tables.latex(tables.table2(tables.Results(stored(sft=perfect), grids)))
+    text = rendering.latex(tables.table2(Experiments(stored(sft=perfect), grids)))
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len({line.count(" & ") for line in body if "R-1" in line or "SFT" in line}) <= 2
@@ -492,8 +502,7 @@ class NoTorch:
 sys.meta_path.insert(0, NoTorch())
 def refuse(*a, **k): raise OSError("no network here")
 socket.socket.connect = refuse
-sys.path.insert(0, sys.argv[1]); sys.argv[1:2] = []
-import reproduce
+from paper import reproduce
 sys.exit(reproduce.main(sys.argv[1:]))
 """
 
@@ -508,9 +517,9 @@ def everything(tmp_path_factory, preset):
             run = grid.Run(dataset, method, 0)
             store.add(run, record_of(run, preset, predict))
     for name in ("one", "two"):
-        command = [sys.executable, "-c", NO_TORCH, str(ROOT / "paper"), "--all", "--format", "md"]
+        command = [sys.executable, "-c", NO_TORCH, "--all", "--format", "md"]
         command += ["--results", str(folder / "results"), "--output", str(folder / name)]
-        env = {**os.environ, "PYTHONHASHSEED": {"one": "1", "two": "2"}[name]}
+        env = {**os.environ, "PYTHONHASHSEED": {"one": "1", "two": "2"}[name], "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=500)
         assert done.returncode == 0, done.stderr
         assert "Glyph" not in done.stderr and "missing from font" not in done.stderr
@@ -525,7 +534,9 @@ def test_every_table_and_figure_is_made_the_same_twice(everything):
         for n in ("figure1-en", "figure1-zh", "figure2", "figure3", "figure4")
         for e in ("png", "pdf")
     }
-    assert names == figures | {f"tables/table{n}.{e}" for n in range(1, 6) for e in ("md", "csv", "tex")}
+    assert names == figures | {f"tables/table{n}.{e}" for n in range(1, 6) for e in ("md", "csv", "tex")} | {
+        "tables/outlines.parquet"
+    }
     for name in names:
         assert (everything / "one" / name).read_bytes() == (everything / "two" / name).read_bytes(), name
 
@@ -542,7 +553,8 @@ def test_pdfs_hold_no_date_and_figures_are_not_empty(everything):
 
 def test_the_font_has_every_chinese_character_of_the_corpus():
     from matplotlib.ft2font import FT2Font
-    from reproduction.figures import FONT
+
+    from paper.reproduction.figures.style import FONT
 
     known = set(FT2Font(str(FONT)).get_charmap())
     for path in (ROOT / "data" / "corpus").glob("zh-*.jsonl"):
@@ -574,7 +586,7 @@ def test_the_projects_own_pages_say_what_its_results_say(grids, preset, tmp_path
             text = re.sub(rf"(<!-- {section} -->\n).*?(<!-- /{section} -->)", r"\1old\n\2", text, flags=re.DOTALL)
         assert text.count("old\n<!--") == len(sections)
         (tmp_path / name).write_text(text)
-    readme.write(tables.Results(Store(ROOT / "paper" / "results", preset), grids), tmp_path)
+    pages.write(Experiments(Store(ROOT / "paper" / "results", preset), grids), tmp_path)
     for name in PAGES:
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), (
             f"{name} is not what the results give: run python paper/reproduce.py --all"
@@ -587,12 +599,12 @@ def test_ratios_stand_beneath_their_aims(tmp_path):
     bench["ratios"] = {"tkpo/dpo": 0.504, "tkpo/dpo_precomputed": 0.712, "tkpo/trl_sft": None}
     (tmp_path / "one.json").write_text(json.dumps(bench))
     (tmp_path / "ideas.json").write_text("{}")
-    head, _, aims, row = readme.steps(tmp_path).splitlines()
+    head, _, aims, row = pages.steps(tmp_path).splitlines()
     found = dict(zip(head.split(" | "), zip(aims.split(" | "), row.split(" | "), strict=True), strict=True))
     assert row.startswith("| `m`, lora, float32, batch 2, attribute last (CPU) |")
     assert found["DPO (TRL)"] == ("≤ 0.50", "**0.50**") and found["DPO, reference precomputed"] == ("≤ 0.70", "0.71")
     assert found["SFT (TRL)"] == ("≤ 1.33", "–") and found["memory: DPO (TRL)"] == ("≤ 0.60", "**0.60**")
-    assert readme.head(tmp_path) is None
+    assert pages.head(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -618,14 +630,15 @@ def test_wrong_arguments_are_explained(arguments, parts):
 def test_figures_do_not_see_the_fonts_of_the_machine(tmp_path):
     import matplotlib
     from matplotlib import font_manager
-    from reproduction import figures
+
+    from paper.reproduction.figures import style
 
     copy = tmp_path / "system-font.otf"  # of the same name, as an installed Noto Sans CJK SC is
-    shutil.copy(figures.FONT, copy)
+    shutil.copy(style.FONT, copy)
     font_manager.fontManager.addfont(str(copy))
-    figures._setup()
-    name = font_manager.FontProperties(fname=str(figures.FONT)).get_name()
-    assert font_manager.findfont(name) == str(figures.FONT)
+    style.setup()
+    name = font_manager.FontProperties(fname=str(style.FONT)).get_name()
+    assert font_manager.findfont(name) == str(style.FONT)
     assert font_manager.findfont("DejaVu Sans").startswith(matplotlib.get_data_path())
     assert str(copy) not in {font.fname for font in font_manager.fontManager.ttflist}
 
@@ -707,8 +720,8 @@ def test_from_nothing_to_tables_survives_being_killed(pipeline, experiments):
     assert methods == {"base", "sft", "tkpo", "dpo"}
     assert sum("validation" in name for name in after) == 2
     assert sum("tau=" in name and "validation" not in name for name in after) == 1
-    text = (pipeline.folder / "tiny" / "tables" / "table2.md").read_text()
-    rows = [r.split(" | ") for r in text.splitlines() if r.startswith("| language style | English")]
+    rows = list(csv.reader((pipeline.folder / "tiny" / "tables" / "table2.csv").read_text().splitlines()))
+    rows = [row for row in rows if row[:2] == ["language style", "English"]]
     for name in ("zero-shot", "SFT", "DPO", "TKPO", "TKPO, tuned"):
         row = next(r for r in rows if r[2] == name)
         assert row[3] == "1 of 1" and "†" not in row, row
@@ -818,15 +831,15 @@ def test_a_run_that_fails_keeps_only_those_that_need_it_from_being_done(experime
 
 
 def test_a_gpu_takes_the_samples_of_a_step_at_once(preset, tmp_path, monkeypatch):
-    from reproduction import runner
+    from paper.reproduction import process
 
     store = Store(tmp_path, preset)
     sizes = {}
     for device in ("cpu", "cuda"):
-        monkeypatch.setattr(runner, "_device", lambda _, device=device: device)
+        monkeypatch.setattr(process, "device_type", lambda _, device=device: device)
         for method in ("tkpo", "orpo"):
             run = grid.Run("language_style", method, 0)
-            sizes[device, method] = runner._config(store, run, tmp_path, device, restart=False)
+            sizes[device, method] = process._config(store, run, tmp_path, device, restart=False)
     assert {key: config.micro_batch_size for key, config in sizes.items()} == {
         ("cpu", "tkpo"): 1,
         ("cpu", "orpo"): 1,
@@ -836,6 +849,6 @@ def test_a_gpu_takes_the_samples_of_a_step_at_once(preset, tmp_path, monkeypatch
     begun = tmp_path / run.name / "config.json"
     begun.parent.mkdir(parents=True)
     begun.write_text(json.dumps({"micro_batch_size": 1}))  # it goes on as it began
-    assert runner._config(store, run, tmp_path, "cuda", restart=False).micro_batch_size == 1
-    assert runner._config(store, run, tmp_path, "cuda", restart=True).micro_batch_size == 2
-    assert not store.differences(run, vars(sizes["cuda", "orpo"]), grid.evaluation(run, preset))
+    assert process._config(store, run, tmp_path, "cuda", restart=False).micro_batch_size == 1
+    assert process._config(store, run, tmp_path, "cuda", restart=True).micro_batch_size == 2
+    assert not grid.differences(run, preset, vars(sizes["cuda", "orpo"]), grid.evaluation(run, preset))

@@ -1,1 +1,1 @@
-"""Grids of runs, their stored results, and the tables and figures made from them."""
+"""From experiments and stored runs to tables, figures and pages."""

@@ -1,4 +1,4 @@
-"""Experiments: presets, grids of runs read from YAML, and the configuration of each run."""
+"""Presets and grids of runs, read from YAML, and the configuration of each run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ BASE = "base"  # the model as it is, zero-shot
 # Fields of a RunConfig that say how a run is done, not what it is.
 HOW = ("output", "sft_adapter", "device", "data_dir", "axes_file", "micro_batch_size", "gradient_checkpointing")
 HOW += ("deepspeed", "save_steps", "eval_steps", "eval_samples")
+TABLES, FIGURES = range(1, 6), range(1, 5)
+SHOWN = (*(f"table {n}" for n in TABLES), *(f"figure {n}" for n in FIGURES))  # what a grid can serve
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        parts = [
-            self.method,
-            *(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.settings),
-        ]
+        parts = [self.method, *([self.variant] if self.settings else [])]
         if self.share != 1:
             parts.append(f"share={self.share:g}")
         if self.split != "test":
             parts.append(self.split)
         return f"{self.dataset}/{'-'.join(parts)}-seed{self.seed}"
+
+    @property
+    def variant(self) -> str:
+        """Its settings as text."""
+        return "-".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.settings)
 
     @property
     def sft(self) -> Run | None:
@@ -147,10 +151,19 @@ def load_grids(folder: Path = FOLDER) -> dict[str, Grid]:
             raise TKPOError(f"{path}: share must be above 0 and at most 1, not {grid.share}")
         if grid.tuned_by and grid.tuned_by.get("grid") not in grids:
             raise TKPOError(f"{path}: tuned_by names no grid that comes before it: {grid.tuned_by.get('grid')!r}")
+        _check_served(path, grid)
         grids[path.stem] = grid
     if not grids:
         raise TKPOError(f"no experiments (*.yaml) in {folder}")
     return grids
+
+
+def _check_served(path: Path, grid: Grid) -> None:
+    """TKPOError for a grid that no table or figure shows, or that names one that does not exist."""
+    if not grid.serves:
+        raise TKPOError(f"{path}: serves is empty: no table or figure would show these runs")
+    if unknown := [what for what in grid.serves if what not in SHOWN]:
+        raise TKPOError(f"{path}: serves {unknown[0]!r}, which does not exist; there are: {', '.join(SHOWN)}")
 
 
 def _read(path: Path) -> dict:
@@ -204,6 +217,17 @@ def evaluation(run: Run, preset: Preset) -> dict:
         "lang": preset.train.get("lang"),
         **limits,
     }
+
+
+def differences(run: Run, preset: Preset, config: dict | None, settings: dict) -> list[str]:
+    """How a finished run differs from what the experiments say, one sentence per difference.
+
+    config: of its training (None: zero-shot). settings: of its evaluation.
+    """
+    wanted, made = what_it_is(run_config(run, preset)) or {}, what_it_is(config) or {}
+    pairs = [(key, made[key], value) for key, value in wanted.items() if key in made]
+    pairs += [(key, settings.get(key), value) for key, value in evaluation(run, preset).items()]
+    return [f"it was made with {key} {old!r}, the experiments say {new!r}" for key, old, new in pairs if old != new]
 
 
 def _dataset(run: Run, preset: Preset) -> dict:

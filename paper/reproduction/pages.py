@@ -1,4 +1,4 @@
-"""What the READMEs say of the results, written between marks: <!-- name --> … <!-- /name -->."""
+"""The results that the Markdown pages quote, written between marks: <!-- name --> … <!-- /name -->."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import json
 import re
 from pathlib import Path
 
-from reproduction.grid import Run
-from reproduction.tables import DATASETS, LANGUAGES, METHODS, SCORES, Results, findings, samples_by_seed, score_cells
+from paper.reproduction.experiments import Experiments
+from paper.reproduction.grid import Run
+from paper.reproduction.intervals import spread
+from paper.reproduction.names import LANGUAGES, METHODS, SCORES, dataset_title
+from paper.reproduction.scores import OUTLINE
+from paper.reproduction.tables import findings
 
 ROOT = Path(__file__).parents[2]
 COMPARED = ("base", "sft", "dpo", "tkpo")
@@ -27,16 +31,17 @@ HEAD_AIMS = {"time": 0.50, "memory": 0.25}
 OWN_TOPICS = (0, 6, 10)  # of results/own_topics.json, those whose outlines by TKPO are shown
 
 
-def write(results: Results, root: Path = ROOT) -> None:
-    """Bring the pages of `root` that tell of results up to them; a section without its runs is left as it is."""
-    sections = {"scores": scores(results), "outlines": outlines(results), "topics": topics(results)}
+def write(experiments: Experiments, root: Path = ROOT) -> None:
+    """Update the pages of `root` that quote results; a section whose runs are missing is left as it is."""
+    sections = {"scores": scores(experiments), "outlines": outlines(experiments), "topics": topics(experiments)}
     fill(root / "README.md", sections)
-    fill(root / "paper" / "README.md", {"findings": findings(results)})
-    measured = results.store.folder.parent / "benchmark"
+    fill(root / "paper" / "README.md", {"findings": findings(experiments)})
+    measured = experiments.store.folder.parent / "benchmark"
     fill(root / "paper" / "speed.md", {"steps": steps(measured), "head": head(measured)})
 
 
 def fill(path: Path, sections: dict[str, str | None]) -> None:
+    """Replace what stands between the marks of each section; None leaves it as it is."""
     text = fresh = path.read_text(encoding="utf-8")
     for name, section in sections.items():
         if section is not None:
@@ -46,35 +51,40 @@ def fill(path: Path, sections: dict[str, str | None]) -> None:
         path.write_text(fresh, encoding="utf-8", newline="\n")
 
 
-def _first_runs(results: Results, dataset: str) -> dict[str, Run]:
+def _first_runs(experiments: Experiments, dataset: str) -> dict[str, Run]:
     """Method → its stored run of the first seed with the preset's settings, of those that are compared."""
     runs = {method: Run(dataset, method, 0) for method in COMPARED}
-    return {method: run for method, run in runs.items() if results.store.get(run)}
+    return {method: run for method, run in runs.items() if experiments.store.get(run)}
 
 
-def scores(results: Results) -> str | None:
-    """Every method's scores by its first seed, those of the shipped adapters: a table a data set."""
-    lines = []
-    for dataset, title in DATASETS.items():
-        runs = _first_runs(results, dataset)
+def scores(experiments: Experiments) -> str | None:
+    """Every method's scores by its first seed, those of the shipped adapters: one table per data set."""
+    lines, every = [], experiments.outlines("table 2")
+    for dataset in experiments.datasets:
+        runs = _first_runs(experiments, dataset)
         if len(runs) < len(COMPARED):
             return None
-        samples = results.store.get(runs["sft"])["training"]["samples"]
-        lines += [f"**{title.capitalize()}** ({samples} training samples, both languages together)", ""]
+        first = every[every["run"].isin(list(runs.values()))].drop_duplicates(["run", "language", *OUTLINE])
+        cells, counts = (
+            spread(first, ["language", "method"], list(SCORES)),
+            first.groupby(["language", "method"]).size(),
+        )
+        count = experiments.store.get(runs["sft"])["training"]["samples"]
+        lines += [f"**{dataset_title(dataset).capitalize()}** ({count} training samples, both languages together)", ""]
         lines += ["| | | n | " + " | ".join(SCORES.values()) + " |"]
         lines += ["| --- | --- |" + " ---: |" * (len(SCORES) + 1)]
         for lang, language in LANGUAGES.items():
-            for method, run in runs.items():
-                own = samples_by_seed(results, [run], lambda s, lang=lang: s["lang"] == lang)
-                cells = [language, METHODS[method], str(len(own[0])), *score_cells(own, SCORES)]
-                lines.append("| " + " | ".join(cells) + " |")
+            for method in runs:
+                row = [language, METHODS[method], str(counts[lang, method]), *cells.loc[(lang, method)]]
+                lines.append("| " + " | ".join(row) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
-def outlines(results: Results) -> str | None:
+def outlines(experiments: Experiments) -> str | None:
     """What SFT, DPO and TKPO wrote for the first article of the test split in each language."""
-    runs = {m: results.store.get(run) for m, run in _first_runs(results, "language_style").items() if m != "base"}
+    runs = {method: experiments.store.get(run) for method, run in _first_runs(experiments, "language_style").items()}
+    runs.pop("base", None)
     if len(runs) < len(COMPARED) - 1:
         return None
     lines = []
@@ -88,9 +98,9 @@ def outlines(results: Results) -> str | None:
     return "\n".join(lines)
 
 
-def topics(results: Results) -> str | None:
+def topics(experiments: Experiments) -> str | None:
     """How many of the topics that are not in the corpus came out in style, and some outlines."""
-    path = results.store.folder.parent / "own_topics.json"
+    path = experiments.store.folder.parent / "own_topics.json"
     if not path.exists():
         return None
     rows = _read(path)["topics"]
