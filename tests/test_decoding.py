@@ -90,6 +90,32 @@ def test_what_prompts_begin_with_is_read_once_for_each_adapter(expected, monkeyp
     assert write(decoder, PROMPTS, NAMES, shared=shared) == expected and len(decoder._prefixes) == 2
 
 
+@pytest.mark.parametrize("slots", [1, 2, 9])
+def test_what_prompts_of_one_adapter_have_in_common_is_read_once(monkeypatch, slots):
+    """Two articles, three and two styles each, under two adapters: the same tokens as each prompt alone."""
+    draw = lambda n, seed: torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(seed)).tolist()  # noqa: E731
+    first, second = draw(60, 1), draw(45, 2)
+    prompts = [[*first, *draw(n, 10 + n)] for n in (3, 9, 5)] + [[*second, *draw(n, 20 + n)] for n in (4, 6)] * 2
+    names = ["one", "one", "one", "one", "one", "two", "two"]
+    alone = [write(PackedDecoder(tuned()), [p], [n])[0] for p, n in zip(prompts, names, strict=True)]
+    decoder, read, shares = PackedDecoder(tuned()), [], []
+    forward = decoder._forward
+    monkeypatch.setattr(decoder, "_forward", lambda ids, *rest: read.append(len(ids)) or forward(ids, *rest))
+    rows = [[] for _ in prompts]
+
+    def choose(logits, which):
+        chosen = logits.argmax(dim=-1).tolist()
+        for row, token in zip(which, chosen, strict=True):
+            rows[row].append(token)
+        return chosen
+
+    decoder.decode(prompts, names, choose, END, 20, lambda: False, slots, None, shares.append)
+    assert rows == alone
+    steps = sum(len(row) - 1 for row in alone)  # each written token but the last is read, too
+    assert sum(read) == 60 + 3 + 9 + 5 + 2 * (45 + 4 + 6) + steps
+    assert shares == sorted(shares) and shares[0] == 0 and 0.8 < shares[-1] <= 1
+
+
 def test_rows_that_end_leave_the_batch_and_do_not_disturb_the_others(expected):
     end = expected[1][5]  # row 1 ends there at the latest, others wherever they have it
     cut = [row[: row.index(end) + 1] if end in row else row for row in expected]

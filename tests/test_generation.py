@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import json
+import shutil
 import threading
 
 import pytest
@@ -10,13 +12,14 @@ from outline_writer import OutlineWriter
 from random_adapters import random_adapter
 
 from tkpo.attributes import get_axis
-from tkpo.data import make_record, user_message
+from tkpo.data import arrange, make_record, user_message
 from tkpo.decoding import PackedDecoder
 from tkpo.errors import TKPOError
 from tkpo.generation import OutlineGenerator
 from tkpo.loop_guard import GuardedOutline
 from tkpo.outline import is_valid
-from tkpo.presets import load_model, load_tokenizer
+from tkpo.presets import base_model_hash, load_model, load_tokenizer, resolve_model
+from tkpo.prompting import PromptWriter
 from tkpo.sampling import Pick
 
 AXIS = get_axis("language_style")
@@ -211,14 +214,169 @@ def test_it_stops_at_the_end_of_turn_token(generator, records, monkeypatch):
     assert generator.generate([records[0]], "base", max_new_tokens=50) == [generator.tokenizer.decode([70] * 3)]
 
 
-def test_an_overlong_article_is_cut_with_a_warning(generator, caplog, monkeypatch):
-    monkeypatch.setattr("tkpo.generation.MAX_PROMPT_TOKENS", 400)
-    record = make_record(AXIS, "literary", "Salt", "word " * 400, "en")
-    ids = generator.prompt_ids(record)
-    assert 300 < len(ids) <= 400
-    assert "were cut" in caplog.text
-    text = generator.tokenizer.decode(ids)
+@pytest.fixture(scope="module")
+def article_first(adapters, tmp_path_factory):
+    """A generator whose adapter "two" was trained on prompts with the article before the instruction."""
+    folder = tmp_path_factory.mktemp("ordered") / "two"
+    shutil.copytree(adapters["two"], folder)
+    record = {"base_model": "tiny", "base_model_sha256": base_model_hash(resolve_model("tiny"))}
+    (folder / "tkpo.json").write_text(json.dumps({**record, "prompt_order": "article_first"}))
+    return OutlineGenerator("tiny", {"one": adapters["one"], "two": folder}, "float32", "cpu")
+
+
+def test_an_adapters_prompts_stand_in_its_own_order(generator, article_first, adapters):
+    record = make_record(AXIS, "literary", "Salt", "Salt came from the sea, in literary terms.", "en")
+    after = arrange(record, AXIS, "article_first")
+    assert article_first.prompt_orders == {
+        "one": "instruction_first",
+        "two": "article_first",
+        "base": "instruction_first",
+    }
+    texts = article_first.generate([record] * 3, ["one", "two", "base"], max_new_tokens=16, guard="none")
+    rows = [(record, adapters["one"]), (after, adapters["two"]), (record, None)]
+    decode = lambda ids: generator.tokenizer.decode(ids, skip_special_tokens=True).strip()  # noqa: E731
+    assert texts == [decode(reference(r, adapter, 16)) for r, adapter in rows]
+    assert generator.generate([record], "two", max_new_tokens=16, guard="none") != texts[1:2]
+    prompt = generator.tokenizer.decode(article_first.prompt_ids(record, "two"))
+    assert prompt.index("Salt came") < prompt.index("Requirement: literary.")
+    base = OutlineGenerator("tiny", {}, "float32", "cpu", base_prompt_order="article_first")
+    assert base.prompt_ids(record, "base") == article_first.prompt_ids(record, "two")
+    with pytest.raises(TKPOError, match="no prompt order 'last'"):
+        OutlineGenerator("tiny", {}, "float32", "cpu", base_prompt_order="last")
+
+
+def test_all_styles_of_an_article_read_it_once(article_first, monkeypatch):
+    axis = get_axis("level_of_detail")
+    document = "Salt came from the sea. " * 30
+    records = [make_record(axis, style, "Salt", document, "en") for style in axis.attributes]
+    alone = [article_first.generate([r], "two", max_new_tokens=8)[0] for r in records]
+    read, forward = [], article_first.decoder._forward
+    monkeypatch.setattr(
+        article_first.decoder, "_forward", lambda ids, *rest: read.append(len(ids)) or forward(ids, *rest)
+    )
+    assert article_first.generate(records, "two", max_new_tokens=8) == alone
+    assert sum(read) < 1.5 * len(article_first.prompt_ids(records[0], "two"))
+
+
+def test_style_strength_is_two_forwards_combined(generator, by_transformers, article_first, adapters):
+    """Oracle: transformers' plain forward under the prompt and under the flipped one, token by token."""
+    from peft import PeftModel
+
+    record = make_record(AXIS, "literary", "Salt", "An objective sea, a literary shore.", "en")
+    gamma, tokenizer = 1.5, generator.tokenizer
+
+    def expected(name, order):
+        model = load_model("tiny", "float32", "cpu")
+        if name != "base":
+            model = PeftModel.from_pretrained(model, str(adapters[name])).merge_and_unload()
+        prompts = []
+        for attribute in ("literary", "objective"):
+            own = make_record(AXIS, attribute, "Salt", "An objective sea, a literary shore.", "en")
+            chat = [{"role": "user", "content": user_message(arrange(own, AXIS, order))}]
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+        written = []
+        for _ in range(16):
+            with torch.no_grad():
+                z, flipped = (model(input_ids=torch.tensor([p + written])).logits[0, -1] for p in prompts)
+            written.append(int((z + gamma * (z - flipped)).argmax()))
+            if written[-1] == tokenizer.eos_token_id:
+                break
+        return tokenizer.decode(written, skip_special_tokens=True).strip()
+
+    options = {"max_new_tokens": 16, "guard": "none", "style_strength": gamma}
+    for made, orders in ((generator, {}), (by_transformers, {}), (article_first, {"two": "article_first"})):
+        names = ["one", "two", "base"]
+        texts = made.generate([record] * 3, names, **options)
+        assert texts == [expected(name, orders.get(name, "instruction_first")) for name in names]
+        assert list(made.each([record] * 3, names, batch_size=1, **options)) == list(enumerate(texts))
+    plain = generator.generate([record] * 3, names, max_new_tokens=16, guard="none")
+    assert plain != generator.generate([record] * 3, names, **options)
+
+
+def test_style_strength_zero_reads_no_flipped_prompt(generator, records, monkeypatch):
+    monkeypatch.setattr(PromptWriter, "flipped", lambda *args: pytest.fail("flipped"))
+    assert generator.generate(records, "one", max_new_tokens=4, style_strength=0.0)
+
+
+def test_the_flip_of_a_record_in_other_words(generator):
+    record = {"instruction": "Outline this. Style: LITERARY", "input": "An objective text"}
+    assert generator.prompts.flipped(record)["instruction"] == "Outline this. Style: objective"
+    with pytest.raises(TKPOError, match="no attribute phrase"):
+        generator.prompts.flipped({"instruction": "Outline this.", "input": "A text"})
+
+
+def test_min_p_leaves_out_improbable_tokens(generator, records):
+    options = {"max_new_tokens": 24, "temperature": 50.0, "seed": 1}
+    greedy = generator.generate(records, "one", max_new_tokens=24)
+    assert generator.generate(records, "one", min_p=1.0, **options) == greedy  # the likeliest token alone is left
+    assert generator.generate(records, "one", min_p=0.01, **options) != greedy
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"min_p": 0.1}, "min_p needs a temperature"),
+        ({"min_p": 2.0, "temperature": 1.0}, "min_p must be between 0 and 1"),
+        ({"seed": -1}, "seed"),
+        ({"guard": "strict"}, "no guard 'strict'; there are: structure, none"),
+        ({"style_strength": 11.0}, "style_strength must be between 0 and 10"),
+    ],
+)
+def test_settings_outside_their_range(generator, records, options, message):
+    with pytest.raises(TKPOError, match=message):
+        generator.generate(records, "one", **options)
+
+
+LONG = "".join(f"Word{n} " for n in range(120)) + "the end"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        make_record(AXIS, "literary", "Salt", LONG, "en"),
+        arrange(make_record(AXIS, "literary", "Salt", LONG, "en"), AXIS, "article_first"),
+        {"instruction": LONG, "input": "Outline the above. Requirement: literary."},
+        {"instruction": f"Outline the text. Requirement: literary. Input:\n{LONG}"},
+        {"instruction": f"Outline the text. Requirement: literary. Input:\n{LONG}", "input": ""},
+        {"instruction": f"{LONG}\nOutline the above. Requirement: literary."},
+    ],
+)
+def test_only_the_tail_of_an_overlong_article_is_cut(generator, caplog, monkeypatch, record):
+    whole = generator.prompt(record)
+    assert whole.cut == 0 and not caplog.text
+    monkeypatch.setattr("tkpo.prompting.MAX_ARTICLE_TOKENS", 200)
+    prompt = generator.prompt(record)
+    assert prompt.cut > 300 and f"its last {prompt.cut} were cut" in caplog.text
+    text, uncut = generator.tokenizer.decode(prompt.ids), generator.tokenizer.decode(whole.ids)
     assert "Requirement: literary." in text and text.endswith("<|im_start|>assistant\n")
+    assert "Word1 " in text and "the end" not in text
+    kept = next(n for n in range(len(text)) if text[n] != uncut[n])
+    rest = text[kept:]
+    assert uncut.endswith(rest)  # what is left out stands in one piece
+    assert len(whole.ids) - len(prompt.ids) - prompt.cut in (0, 1)  # a space at the cut goes as well
+    *_, outlines = generator.stream([record], "base", max_new_tokens=1)
+    assert outlines.cut == [prompt.cut]
+
+
+def test_reading_reports_its_progress(generator, records):
+    steps = list(generator.stream(records, "one", max_new_tokens=3, reading=True))
+    shares = [step.read for step in steps if step.read < 1]
+    assert shares == sorted(shares) and len(shares) >= 2
+    assert all(step == ["", ""] and step.tokens == [0, 0] for step in steps[: len(shares)])
+    assert [step for step in steps if step.read == 1][-4:] == list(generator.stream(records, "one", max_new_tokens=3))
+
+
+def test_engines(adapters, by_transformers, records):
+    made = OutlineGenerator("tiny", adapters, "float32", "cpu", engine="transformers")
+    assert (made.engine, by_transformers.engine) == ("transformers", "transformers")
+    assert OutlineGenerator("tiny", {}, "float32", "cpu").engine == "decoder"
+    with pytest.raises(TKPOError, match="the engine decoder does not run tiny so"):
+        OutlineGenerator("tiny", {}, "bfloat16", "cpu", engine="decoder")
+    with pytest.raises(TKPOError, match="no engine 'gguf'"):
+        OutlineGenerator("tiny", {}, engine="gguf")
 
 
 def test_errors_name_what_there_is(generator, records, tmp_path, adapters):

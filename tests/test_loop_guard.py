@@ -93,7 +93,7 @@ def write(name, seed, lang, guard, temperature=0.0, tokens=500, **shape):
     tokenizer, ids = TOKENIZERS[name], []
     writer = OutlineWriter(tokenizer, seed, lang, **shape)
     options = Decoding(guard=guard, temperature=temperature, seed=1, max_new_tokens=tokens)
-    pick = Pick(GUARDS[name], 1, options, lambda step: None)
+    pick = Pick(GUARDS[name], [0], options, lambda step: None)
     while len(ids) < tokens:
         (token,) = pick(writer.logits(ids, len(tokenizer) + 300)[None], [0])
         if token == tokenizer.eos_token_id:

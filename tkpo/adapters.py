@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -43,6 +44,21 @@ def check_base(adapter: Path, model: str) -> None:
             "adapter %s was trained on %s with weights %s…, but %s here has weights %s…: expect other outlines",
             *(adapter, made["base_model"], made["base_model_sha256"][:12], model, found[:12]),
         )
+
+
+def adapter_hash(folder: Path) -> str:
+    """SHA-256 (hex) over an adapter's weights and configuration."""
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def prompt_order(folder: Path) -> str:
+    """The order of the prompts that an adapter was trained on: its tkpo.json's, else "instruction_first"."""
+    path = folder / "tkpo.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return record.get("prompt_order", "instruction_first")
 
 
 def load_with_adapters(model: str, folders: dict[str, Path], dtype, device) -> PreTrainedModel | PeftModel:

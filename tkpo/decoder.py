@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -17,6 +18,11 @@ class Decoder(Protocol):
     @property
     def head_weight(self) -> Tensor:
         """The output head's weight, (V, H), in the dtype that it is stored in."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layers compute in."""
         ...
 
     def hidden_states(self, sequences: list[list[int]], adapters: list[str]) -> list[Tensor]:
@@ -33,6 +39,7 @@ class Decoder(Protocol):
         check: Callable[[], bool] = lambda: False,
         slots: int | None = None,
         shared: list[int] | None = None,
+        progress: Callable[[float], None] = lambda _: None,
     ) -> None:
         """Write after every prompt, until each row has ended with the token `end` or has `max_new_tokens`.
 
@@ -41,5 +48,6 @@ class Decoder(Protocol):
         check: asked before every step; once it is true, writing stops.
         slots: rows written at a time, default all.
         shared: leading tokens of each prompt that later prompts of this adapter will have too.
+        progress: told the share of the prompts' tokens, 0 to 1, that has been read.
         """
         ...

@@ -31,6 +31,7 @@ HALF_SCALE = (
     2.0**10
 )  # moves bfloat16 weights into float16's range: exact from 2^-27 to below 2^6, smaller ones to 2^-35
 PREFIXES = 64  # beginnings of prompts that are kept read
+COMMON_TOKENS = 32  # that prompts must begin with in common to be worth reading them apart
 PREFILL_TOKENS = 512  # tokens of prompts that go through the layers together; a longer prompt goes alone
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -91,6 +92,11 @@ class PackedDecoder:
 
     # ---- what callers ask for
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layers compute in: the stored weights are unpacked to float32."""
+        return torch.float32
+
     @torch.inference_mode()
     def hidden_states(self, sequences: list[list[int]], adapters: list[str]) -> list[Tensor]:
         """Last hidden states, (T, H) float32 each, of sequences of token ids, each by its own adapter."""
@@ -111,6 +117,7 @@ class PackedDecoder:
         check: Callable[[], bool] = lambda: False,
         slots: int | None = None,
         shared: list[int] | None = None,
+        progress: Callable[[float], None] = lambda _: None,
     ) -> None:
         """Write after every prompt, until each row has ended with the token `end` or has `max_new_tokens`.
 
@@ -118,23 +125,26 @@ class PackedDecoder:
         their next tokens. check: asked between layers while prompts are read, and before every step; once it is
         true, writing stops. slots: so many rows at a time, default all; where one ends the next begins.
         shared: so many tokens at the beginning of each prompt, but not all of it, will come again with this adapter;
-        their keys and values are kept for the next time.
+        their keys and values are kept for the next time. What prompts of one adapter begin with in common, an article
+        in several styles, is read once in any case, and kept until the last of them is read. progress: told the share
+        of the tokens to read that has been read, between layers.
         """
         shared = shared or [0] * len(prompts)
         slots = min(slots or len(prompts), len(prompts))
+        reading = _Reading(prompts, adapters, shared, check, progress)
         cache = _Cache(self, slots, max(map(len, prompts)) + max_new_tokens)
         waiting, rows = list(range(len(prompts))), []  # rows[slot] is the row that is written there
         left = [max_new_tokens] * len(prompts)
         last, lora = torch.empty(0, self._norm.numel()), None
         try:
             while waiting or rows:
-                for group in _groups([len(prompts[row]) for row in waiting[: slots - len(rows)]]):
-                    new = [waiting[i] for i in group]
-                    own = [[whole[row] for row in new] for whole in (prompts, adapters, shared)]
-                    last = torch.cat([last, self._read(*own, cache, len(rows), check)])
+                next_rows = waiting[: slots - len(rows)]
+                for group in _groups([len(prompts[row]) - reading.common(row) for row in next_rows]):
+                    new = [next_rows[i] for i in group]
+                    last = torch.cat([last, self._read(reading, new, cache, len(rows))])
                     rows += new
                     lora = None
-                waiting = [row for row in waiting if row not in rows]
+                waiting = waiting[len(next_rows) :]
                 if check():
                     return
                 tokens = choose(self.head(last), rows)
@@ -156,14 +166,22 @@ class PackedDecoder:
 
     # ---- the forward
 
-    def _read(self, prompts, adapters, shared: list[int], cache: _Cache, slot: int, check) -> Tensor:
-        """Put the prompts into the cache's slots from `slot` on; returns their last hidden states (n, H)."""
+    def _read(self, reading: _Reading, rows: list[int], cache: _Cache, slot: int) -> Tensor:
+        """Put the rows' prompts into the cache's slots from `slot` on; returns their last hidden states (n, H)."""
+        prompts, adapters = ([whole[row] for row in rows] for whole in (reading.prompts, reading.adapters))
         cache.begin(slot, [len(ids) for ids in prompts])
-        keys = [(name, tuple(ids[:n])) for name, ids, n in zip(adapters, prompts, shared, strict=True)]
-        known = [self._prefixes.get(key, []) for key in keys]
-        new = [ids[len(key[1]) if prefix else 0 :] for ids, key, prefix in zip(prompts, keys, known, strict=True)]
-        states = self._prefill(new, adapters, check, functools.partial(cache.fill, slot), known, only_last=True)
-        for number, key in enumerate(keys):
+        keys = [
+            (name, tuple(ids[: reading.shared[row]])) for row, name, ids in zip(rows, adapters, prompts, strict=True)
+        ]
+        known = [
+            self._common(reading, row, key) if reading.common(row) else self._prefixes.get(key, [])
+            for row, key in zip(rows, keys, strict=True)
+        ]
+        new = [ids[_length(prefix) :] for ids, prefix in zip(prompts, known, strict=True)]
+        between = reading.between(sum(map(len, new)), len(self._layers))
+        states = self._prefill(new, adapters, between, functools.partial(cache.fill, slot), known, only_last=True)
+        for number, (row, key) in enumerate(zip(rows, keys, strict=True)):
+            reading.done(row)
             if key[1]:
                 if key not in self._prefixes:
                     self._prefixes[key] = cache.beginning(slot + number, len(key[1]))
@@ -171,6 +189,19 @@ class PackedDecoder:
         while len(self._prefixes) > PREFIXES:
             self._prefixes.popitem(last=False)
         return states
+
+    def _common(self, reading: _Reading, row: int, key: tuple[str, tuple[int, ...]]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of what the row's prompt has in common with others, read if it has not been."""
+        if (kept := reading.kept(row)) is not None:
+            return kept
+        ids, before = reading.prompts[row][: reading.common(row)], self._prefixes.get(key, [])
+        parts: list[tuple[Tensor, Tensor]] = []
+        new = ids[_length(before) :]
+        between = reading.between(len(new), len(self._layers))
+        self._prefill(
+            [new], [key[0]], between, lambda _layer, _number, k, v: parts.append((k.clone(), v.clone())), [before], True
+        )
+        return reading.keep(row, parts)
 
     def _prefill(
         self, prompts, adapters, check=lambda: False, store=lambda *_: None, known=None, only_last=False
@@ -182,7 +213,7 @@ class PackedDecoder:
         """
         known = known or [[]] * len(prompts)
         lengths = [len(ids) for ids in prompts]
-        befores = [prefix[0][0].shape[1] if prefix else 0 for prefix in known]
+        befores = [_length(prefix) for prefix in known]
         spans = torch.tensor([0, *lengths]).cumsum(0).tolist()
         group = self.heads // self.kv_heads
         masks = [
@@ -420,6 +451,75 @@ class _Cache:
                 for whole in (*self._keys, *self._values):
                     whole[target, :, :length] = whole[source, :, :length]
         self._lengths = self._lengths[slots]
+
+
+class _Reading:
+    """The prompts of one `decode`: which of them begin alike, and how much is read."""
+
+    def __init__(self, prompts, adapters, shared: list[int], check, progress):
+        self.prompts, self.adapters, self.shared = prompts, adapters, shared
+        self._check, self._progress = check, progress
+        self._groups = {}  # row → the group of rows that it begins alike with
+        self._lengths, self._waiting, self._kept = [], [], []
+        for length, rows in _alike(prompts, adapters, shared):
+            self._groups |= dict.fromkeys(rows, len(self._lengths))
+            self._lengths.append(length)
+            self._waiting.append(set(rows))
+            self._kept.append(None)
+        saved = sum((len(rows) - 1) * length for length, rows in zip(self._lengths, self._waiting, strict=True))
+        self._total, self._read = sum(map(len, prompts)) - saved, 0
+
+    def common(self, row: int) -> int:
+        """How many tokens the row's prompt begins with that others begin with too."""
+        return self._lengths[self._groups[row]] if row in self._groups else 0
+
+    def kept(self, row: int) -> list[tuple[Tensor, Tensor]] | None:
+        """Keys and values (kv_heads, T, D) of these tokens for every layer, once they are read."""
+        return self._kept[self._groups[row]]
+
+    def keep(self, row: int, parts: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        self._kept[self._groups[row]] = parts
+        return parts
+
+    def done(self, row: int) -> None:
+        """The row's prompt is read; after the last row of a group its keys and values are let go."""
+        if row in self._groups:
+            group = self._groups[row]
+            self._waiting[group].discard(row)
+            if not self._waiting[group]:
+                self._kept[group] = None
+
+    def between(self, tokens: int, layers: int) -> Callable[[], bool]:
+        """What is called between the layers that read so many tokens: tells the progress, returns `check`'s answer."""
+        before = self._read
+        self._read += tokens
+        numbers = itertools.count()
+
+        def call() -> bool:
+            self._progress(min(1.0, (before + tokens * next(numbers) / layers) / self._total))
+            return self._check()
+
+        return call
+
+
+def _alike(prompts: list[list[int]], adapters: list[str], shared: list[int]) -> Iterator[tuple[int, list[int]]]:
+    """(length, rows) of prompts of one adapter that begin with so many tokens in common, as far as it is worth it."""
+    order = sorted(range(len(prompts)), key=lambda row: (adapters[row], prompts[row]))
+    groups: list[tuple[int, list[int]]] = []
+    for row, other in itertools.pairwise(order):
+        limit = min(len(prompts[row]), len(prompts[other])) - 1  # the last token is each prompt's own
+        length = next((i for i in range(limit) if prompts[row][i] != prompts[other][i]), limit)
+        if adapters[row] != adapters[other] or length - max(shared[row], shared[other]) < COMMON_TOKENS:
+            continue
+        if groups and groups[-1][1][-1] == row:
+            groups[-1] = (min(groups[-1][0], length), [*groups[-1][1], other])
+        else:
+            groups.append((length, [row, other]))
+    yield from groups
+
+
+def _length(prefix: list[tuple[Tensor, Tensor]]) -> int:
+    return prefix[0][0].shape[1] if prefix else 0
 
 
 def _half_product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:

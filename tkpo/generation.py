@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,38 +21,57 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from tkpo.adapters import adapter_folder, check_base, load_with_adapters
-from tkpo.data import user_message
+from tkpo.adapters import adapter_folder, adapter_hash, check_base, load_with_adapters, prompt_order
 from tkpo.decoder import Decoder
 from tkpo.decoding import PackedDecoder
 from tkpo.errors import TKPOError
 from tkpo.loop_guard import LoopGuard
 from tkpo.machine import find_device
-from tkpo.presets import load_tokenizer, resolve_model
-from tkpo.sampling import Decoding, Pick
+from tkpo.presets import base_model_hash, load_tokenizer, resolve_model
+from tkpo.prompting import INSTRUCTION_FIRST, PROMPT_ORDERS, Prompt, PromptWriter
+from tkpo.sampling import Decoding, FlipGuided, Pick
 
-logger = logging.getLogger(__name__)
-
+ENGINES = ("auto", "decoder", "transformers")
 BASE = "base"  # the name under which the model without adapter is asked for
 PEFT_BASE = "__base__"  # PEFT's name for the same in a batch of mixed adapters
-MAX_PROMPT_TOKENS = 3072
 
 
 class Outlines(list):
-    """Texts, one a record. finished: which the model ended itself (list of bool). tokens: of each (list of int)."""
+    """Texts, one per record.
 
-    def __init__(self, texts: list[str], finished: list[bool], tokens: list[int]):
+    finished: which the model ended itself (list of bool). tokens: of each (list of int).
+    cut: tokens of each record's article that were not read, its tail (list of int).
+    read: share (0 to 1) of the prompts that is read; 1 from the first token on.
+    """
+
+    def __init__(
+        self,
+        texts: list[str],
+        finished: list[bool],
+        tokens: list[int],
+        cut: list[int] | None = None,
+        read: float = 1.0,
+    ):
         super().__init__(texts)
         self.finished = finished
         self.tokens = tokens
+        self.cut = cut or [0] * len(texts)
+        self.read = read
 
 
 class OutlineGenerator:
-    """The base model with its adapters loaded once; `generate` and `stream` write outlines.
+    """The base model with its adapters loaded once; `generate`, `each` and `stream` write outlines.
 
-    model: preset, folder or hub id. adapters: name → run or adapter folder. "base" is always there: zero-shot.
-    In float32, the default on a CPU, the model runs by `tkpo.decoding`, elsewhere by transformers. One generation runs
-    at a time; a second caller waits.
+    One generation runs at a time; a second caller waits. "base" is always among the adapters: zero-shot.
+
+    Args:
+        model: preset, folder or hub id.
+        adapters: name → run or adapter folder. An adapter's prompts stand in the order that its tkpo.json names.
+        dtype: "auto", or torch's name for one.
+        device: default cuda if available, else cpu.
+        axes_file: the axes table of one's own attributes.
+        base_prompt_order: order of the base model's prompts, "instruction_first" or "article_first".
+        engine: "decoder" (`tkpo.decoding`: Qwen2 in float32 on a CPU), "transformers", or "auto": the first that fits.
     """
 
     def __init__(
@@ -61,19 +80,43 @@ class OutlineGenerator:
         adapters: dict[str, str | Path] | None = None,
         dtype="auto",
         device=None,
+        *,
+        axes_file: str | None = None,
+        base_prompt_order: str = INSTRUCTION_FIRST,
+        engine: str = "auto",
     ):
         self.model_name = model
         folders = {name: adapter_folder(path) for name, path in (adapters or {}).items()}
         if BASE in folders:
             raise TKPOError(f"an adapter cannot be called {BASE!r}: that is the model without one")
+        if engine not in ENGINES:
+            raise TKPOError(f"no engine {engine!r}; there are: {', '.join(ENGINES)}")
+        self.prompt_orders = {name: prompt_order(folder) for name, folder in folders.items()}
+        self.prompt_orders[BASE] = base_prompt_order
+        for name, order in self.prompt_orders.items():
+            if order not in PROMPT_ORDERS:
+                raise TKPOError(f"{name}: no prompt order {order!r}; there are: {', '.join(PROMPT_ORDERS)}")
         self.tokenizer = load_tokenizer(model)
         self.loop_guard = LoopGuard(self.tokenizer)
+        self.prompts = PromptWriter(self.tokenizer, axes_file)
         for folder in folders.values():
             check_base(folder, model)
         self.adapters = (*folders, BASE)
-        self.decoder: Decoder = _load(model, folders, dtype, device, self.tokenizer.pad_token_id)
+        self._hashes = {name: adapter_hash(folder) for name, folder in folders.items()}
+        self.decoder: Decoder = _load(model, folders, dtype, device, self.tokenizer.pad_token_id, engine)
+        self.engine = "decoder" if isinstance(self.decoder, PackedDecoder) else "transformers"
         self._instructions: dict[str, list[int]] = {}  # instruction → ids of a prompt without input
         self._lock = threading.Lock()
+
+    def identity(self, adapter: str) -> dict:
+        """What tells outlines by this model and adapter from others': weights by their hash, dtype, prompt order."""
+        return {
+            "model": self.model_name,
+            "model_sha256": base_model_hash(resolve_model(self.model_name)),
+            "adapter_sha256": self._hashes.get(adapter),
+            "dtype": str(self.decoder.dtype).removeprefix("torch."),
+            "prompt_order": self.prompt_orders[adapter],
+        }
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -86,28 +129,22 @@ class OutlineGenerator:
         with self._lock:
             return self.decoder.hidden_states(sequences, names)
 
-    def prompt_ids(self, record: dict) -> list[int]:
-        """Token ids of a record's prompt; an input of more than MAX_PROMPT_TOKENS is cut, with a warning."""
+    def prompt_ids(self, record: dict, adapter: str | None = None) -> list[int]:
+        """Token ids of a record's prompt, in the adapter's order; without adapter in the record's own.
 
-        def ids(message: str) -> list[int]:
-            chat = [{"role": "user", "content": message}]
-            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        The tail of an article of more than MAX_ARTICLE_TOKENS is cut, with a warning.
+        """
+        return self.prompt(record, adapter).ids
 
-        whole = ids(user_message(record))
-        excess = len(whole) - MAX_PROMPT_TOKENS
-        if excess <= 0:
-            return whole
-        article = self.tokenizer(record["input"], add_special_tokens=False)["input_ids"]
-        kept = self.tokenizer.decode(article[: max(1, len(article) - excess - 8)]).rstrip("\ufffd")
-        logger.warning("the input has %d tokens: its last %d were cut", len(article), excess)
-        return ids(user_message({**record, "input": kept}))
+    def prompt(self, record: dict, adapter: str | None = None) -> Prompt:
+        """The same with the number of tokens that were cut."""
+        return self.prompts.prompt(self.prompts.arranged(record, self.prompt_orders[adapter]) if adapter else record)
 
     def shared_tokens(self, record: dict, prompt: list[int]) -> int:
         """How many of the record's prompt ids begin every prompt of its instruction; never all of them."""
         instruction = record["instruction"]
         if instruction not in self._instructions:
-            self._instructions[instruction] = self.prompt_ids({"instruction": instruction})
+            self._instructions[instruction] = self.prompts.ids(instruction)
         pairs = zip(prompt[:-1], self._instructions[instruction], strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -125,19 +162,21 @@ class OutlineGenerator:
         *,
         should_stop: Callable[[], bool] | None = None,
         batch_size: int | None = None,
+        numbers: list[int] | None = None,
         **decoding,
     ) -> Iterator[tuple[int, str]]:
         """Yield (number of the record, its whole outline) as the outlines are finished; options as in `stream`.
 
-        batch_size: so many are written at a time, default all; where one ends the next begins. When `should_stop`
-        stops it, what is there of the others comes at the end.
+        batch_size: outlines written at a time, default all; where one ends the next begins.
+        numbers: of each record, which its draws follow beside the seed; default its place among the records.
+        When `should_stop` stops it, what is there of the others comes at the end.
         """
-        names = self._names(records, adapters)
+        settings = Decoding(**decoding)
+        batch = self._batch(records, adapters)
         ids: list[list[int]] = [[] for _ in records]
         told = set()
-        settings = Decoding(**decoding)
-        with contextlib.closing(self._steps(records, names, settings, should_stop, batch_size)) as steps:
-            for row, token in (pair for step in steps for pair in step.items()):
+        with contextlib.closing(self._steps(batch, settings, should_stop, batch_size, numbers)) as steps:
+            for row, token in (pair for step in steps if isinstance(step, dict) for pair in step.items()):
                 if token != self.tokenizer.eos_token_id:
                     ids[row].append(token)
                 if token == self.tokenizer.eos_token_id or len(ids[row]) == settings.max_new_tokens:
@@ -153,6 +192,7 @@ class OutlineGenerator:
         adapters: str | list[str],
         *,
         should_stop: Callable[[], bool] | None = None,
+        reading: bool = False,
         **decoding,
     ) -> Iterator[Outlines]:
         """Yield the outlines so far, one text a record, after every token; the last yield is the whole.
@@ -163,38 +203,74 @@ class OutlineGenerator:
             records: what to outline, without output.
             adapters: one name for all, or one for each record.
             should_stop: asked before every token and, while the prompts are read, before every layer.
-            decoding: `tkpo.sampling.Decoding`'s settings: max_new_tokens, temperature, min_p, seed, guard.
+            reading: yield empty outlines while the prompts are read, too, with the share that is `read`.
+            decoding: `tkpo.sampling.Decoding`'s settings: max_new_tokens, temperature, min_p, seed, guard,
+                style_strength.
         """
-        names = self._names(records, adapters)
+        batch = self._batch(records, adapters)
+        cut = [prompt.cut for prompt in batch.prompts]
         ids: list[list[int]] = [[] for _ in records]
         finished = [False] * len(records)
-        with contextlib.closing(self._steps(records, names, Decoding(**decoding), should_stop)) as steps:
+        outlines = lambda whole=False, read=1.0: Outlines(  # noqa: E731
+            [self._text(row, whole) for row in ids], list(finished), [len(row) for row in ids], cut, read
+        )
+        with contextlib.closing(self._steps(batch, Decoding(**decoding), should_stop)) as steps:
             for step in steps:
+                if isinstance(step, float):
+                    if reading:
+                        yield outlines(read=step)
+                    continue
                 for row, token in step.items():
                     finished[row] = token == self.tokenizer.eos_token_id
                     if not finished[row]:
                         ids[row].append(token)
-                yield Outlines([self._text(row) for row in ids], list(finished), [len(row) for row in ids])
-        yield Outlines([self._text(row, whole=True) for row in ids], finished, [len(row) for row in ids])
+                yield outlines()
+        yield outlines(whole=True)
+
+    def _batch(self, records: list[dict], adapters: str | list[str]) -> _Batch:
+        names = self._names(records, adapters)
+        arranged = [self.prompts.arranged(r, self.prompt_orders[name]) for r, name in zip(records, names, strict=True)]
+        return _Batch(arranged, names, [self.prompts.prompt(record) for record in arranged])
 
     def _steps(
-        self, records, names, settings: Decoding, should_stop, batch_size: int | None = None
-    ) -> Iterator[dict[int, int]]:
-        """{row: token} of each step, written by a thread of its own, which ends with this iterator."""
-        if not records:
+        self,
+        batch: _Batch,
+        settings: Decoding,
+        should_stop: Callable[[], bool] | None,
+        batch_size: int | None = None,
+        numbers: list[int] | None = None,
+    ) -> Iterator[dict[int, int] | float]:
+        """{row: token} of each step, before the first ones the share of the prompts that is read.
+
+        They are written by a thread of its own, which ends with this iterator.
+        """
+        if not batch.records:
             return
-        prompts = [self.prompt_ids(record) for record in records]
-        shared = [self.shared_tokens(record, ids) for record, ids in zip(records, prompts, strict=True)]
         cancelled = threading.Event()
         steps: queue.SimpleQueue = queue.SimpleQueue()
-        pick = Pick(self.loop_guard, len(records), settings, steps.put)
-        check = lambda: cancelled.is_set() or bool(should_stop and should_stop())  # noqa: E731
+        choose: Callable = Pick(self.loop_guard, numbers or range(len(batch.records)), settings, steps.put)
+        stopped = lambda: cancelled.is_set() or bool(should_stop and should_stop())  # noqa: E731
+        if settings.style_strength:
+            batch = self._with_flips(batch)
+            batch_size = batch_size and 2 * batch_size
+            choose = FlipGuided(choose, settings.style_strength)
+        prompts = [prompt.ids for prompt in batch.prompts]
+        shared = [self.shared_tokens(record, ids) for record, ids in zip(batch.records, prompts, strict=True)]
 
         def work() -> None:
             try:
                 with self._lock:
-                    end = self.tokenizer.eos_token_id
-                    self.decoder.decode(prompts, names, pick, end, settings.max_new_tokens, check, batch_size, shared)
+                    self.decoder.decode(
+                        prompts,
+                        batch.adapters,
+                        choose,
+                        self.tokenizer.eos_token_id,
+                        settings.max_new_tokens,
+                        stopped,
+                        slots=batch_size,
+                        shared=shared,
+                        progress=steps.put,
+                    )
                 steps.put(None)
             except Exception as error:  # for the thread that reads the steps
                 steps.put(error)
@@ -202,13 +278,23 @@ class OutlineGenerator:
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
         try:
-            while isinstance(step := steps.get(), dict):
+            while isinstance(step := steps.get(), (dict, float)):
                 yield step
         finally:
             cancelled.set()
             worker.join()
         if step:
             raise step
+
+    def _with_flips(self, batch: _Batch) -> _Batch:
+        """Each row and, right after it, the same under the flipped prompt."""
+        flips = [self.prompts.flipped(record) for record in batch.records]
+        twice = lambda own, others: [row for pair in zip(own, others, strict=True) for row in pair]  # noqa: E731
+        return _Batch(
+            twice(batch.records, flips),
+            twice(batch.adapters, batch.adapters),
+            twice(batch.prompts, [self.prompts.prompt(flip) for flip in flips]),
+        )
 
     def _names(self, records: list, adapters: str | list[str]) -> list[str]:
         """An adapter for each record."""
@@ -224,7 +310,16 @@ class OutlineGenerator:
         return text.strip() if whole else text.lstrip().rstrip("\ufffd")  # a character that is still incomplete
 
 
-def _load(model: str, folders: dict[str, Path], dtype, device, pad_id: int) -> Decoder:
+@dataclass(frozen=True)
+class _Batch:
+    """Records in their adapters' order, the adapters, and the prompts."""
+
+    records: list[dict]
+    adapters: list[str]
+    prompts: list[Prompt]
+
+
+def _load(model: str, folders: dict[str, Path], dtype, device, pad_id: int, engine: str) -> Decoder:
     device = find_device(device)
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"  # `PackedDecoder` is quicker than bfloat16 is, also where the CPU has that
@@ -232,8 +327,10 @@ def _load(model: str, folders: dict[str, Path], dtype, device, pad_id: int) -> D
     # `PackedDecoder` repacks the weights as they are stored: in float32 they would only take time and memory.
     stored = AutoConfig.from_pretrained(resolve_model(model)).dtype if quick else None
     whole = load_with_adapters(model, folders, stored or dtype, device)
-    if quick and PackedDecoder.fits(whole):
+    if quick and engine != "transformers" and PackedDecoder.fits(whole):
         return PackedDecoder(whole)
+    if engine == "decoder":
+        raise TKPOError(f"the engine decoder does not run {model} so: it needs Qwen2 with LoRA, float32 and a CPU")
     return TransformersDecoder(whole.float() if quick else whole, pad_id)
 
 
@@ -257,8 +354,14 @@ class TransformersDecoder:
             states.append(self.model(input_ids=tokens, output_hidden_states=True, **options).hidden_states[-1][0])
         return states
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
     @torch.inference_mode()
-    def decode(self, prompts, adapters, choose, end, max_new_tokens, check, slots=None, shared=None) -> None:
+    def decode(
+        self, prompts, adapters, choose, end, max_new_tokens, check, slots=None, shared=None, progress=lambda _: None
+    ) -> None:
         slots = slots or len(prompts)
         for start in range(0, len(prompts), slots):
             part = slice(start, start + slots)

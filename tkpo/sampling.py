@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,6 +15,7 @@ from tkpo.loop_guard import LoopGuard
 
 GUARDS = ("structure", "none")
 MAX_NEW_TOKENS = 384
+MAX_STYLE_STRENGTH = 10.0
 TOP_P = 0.95  # of sampling without min-p
 
 
@@ -28,6 +29,8 @@ class Decoding:
         2407.01082); 0: top-p sampling with p = 0.95 instead.
     seed: the same seed draws the same outlines.
     guard: "structure" (`tkpo.loop_guard`) or "none".
+    style_strength: γ of flip-guided decoding: the logits z become z + γ (z − z̃), with z̃ under the flipped prompt;
+        classifier-free guidance (arXiv 2306.17806) with the flip as negative prompt. 0 is off and costs nothing.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -35,6 +38,7 @@ class Decoding:
     min_p: float = 0.0
     seed: int = 0
     guard: str = "structure"
+    style_strength: float = 0.0
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -47,6 +51,8 @@ class Decoding:
             raise TKPOError("min_p needs a temperature above 0: greedy decoding draws nothing")
         if not 0 <= self.seed < 2**63:
             raise TKPOError("seed must be between 0 and 2**63 - 1")
+        if not 0 <= self.style_strength <= MAX_STYLE_STRENGTH:
+            raise TKPOError(f"style_strength must be between 0 and {MAX_STYLE_STRENGTH:g}, not {self.style_strength}")
         if self.guard not in GUARDS:
             raise TKPOError(f"no guard {self.guard!r}; there are: {', '.join(GUARDS)}")
 
@@ -61,17 +67,20 @@ class Decoding:
 
 
 class Pick:
-    """Chooses each row's next token from its logits, greedily or by drawing, and tells it to `told`."""
+    """Chooses the next token of each outline from its logits, greedily or by drawing, and tells it to `told`."""
 
-    def __init__(self, guard: LoopGuard, rows: int, settings: Decoding, told: Callable[[dict[int, int]], None]):
+    def __init__(
+        self, guard: LoopGuard, numbers: Sequence[int], settings: Decoding, told: Callable[[dict[int, int]], None]
+    ):
+        """numbers: of each outline, for its draws: what an outline draws does not depend on the others beside it."""
+        rows = len(numbers)
         self._outlines = [guard.outline() for _ in range(rows)] if settings.guard == "structure" else None
         self._warp = _warpers(settings)
-        # A generator a row: what a row draws does not depend on when the others end.
-        self._generators = [torch.Generator().manual_seed((settings.seed + row) % 2**63) for row in range(rows)]
+        self._generators = [torch.Generator().manual_seed((settings.seed + n) % 2**63) for n in numbers]
         self._told = told
 
     def __call__(self, logits: Tensor, rows: list[int]) -> list[int]:
-        """logits: (n, V), of these rows of the batch; they are changed."""
+        """logits: (n, V), of these outlines; they are changed."""
         if self._outlines:
             for logit, row in zip(logits, rows, strict=True):
                 self._outlines[row].mask(logit)
@@ -89,6 +98,24 @@ class Pick:
                 self._outlines[row].add(token)
         self._told(dict(zip(rows, tokens, strict=True)))
         return tokens
+
+
+class FlipGuided:
+    """`Pick` on logits that are led away from the flipped prompt's.
+
+    Rows 2i and 2i + 1 of the batch are outline i under its own and under the flipped prompt. Both go on with the same
+    token, so that they begin and end together.
+    """
+
+    def __init__(self, pick: Pick, strength: float):
+        self._pick = pick
+        self._strength = strength
+
+    def __call__(self, logits: Tensor, rows: list[int]) -> list[int]:
+        """logits: (2n, V), of both rows of n outlines, side by side."""
+        own, flipped = logits[0::2], logits[1::2]
+        tokens = self._pick(own + self._strength * (own - flipped), [row // 2 for row in rows[0::2]])
+        return [token for token in tokens for _ in range(2)]
 
 
 def _warpers(settings: Decoding) -> list:
