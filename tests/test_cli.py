@@ -67,7 +67,7 @@ def test_evaluate_writes_predictions_and_scores(workplace):
     assert done.returncode == 0, done.stderr
     result = json.loads((workplace / "scores.json").read_text())
     assert result["scores"]["en"]["n"] == 6
-    assert len(result["samples"]) == 6 and {"prediction", "reference", "rouge-1"} <= set(result["samples"][0])
+    assert len(result["samples"]) == 6 and {"prediction", "reference", "rouge1"} <= set(result["samples"][0])
     assert "R-1" in done.stdout
     assert not list(workplace.glob("*.part*"))
 

@@ -104,10 +104,9 @@ def _generate(args) -> None:
     record = make_record(axis, args.style, topic, article, args.lang)
     folders = _adapters(args.adapters or ["sft", "dpo", "tkpo"], axis.name)
 
-    from tkpo.generation import BASE, OutlineGenerator
+    from tkpo.generation import BASE
 
-    real = {name: folder for name, folder in folders.items() if name != BASE}
-    generator = OutlineGenerator(args.model, real, args.dtype, args.device)
+    generator = _generator(args, {name: folder for name, folder in folders.items() if name != BASE})
     names = list(folders)
     stream = generator.stream([record] * len(names), names, **dataclasses.asdict(decoding))
     if args.json:
@@ -297,26 +296,28 @@ def _add_evaluate(commands) -> None:
 
 def _evaluate(args) -> None:
     from tkpo.evaluation import evaluate
-    from tkpo.generation import BASE, OutlineGenerator
+    from tkpo.generation import BASE
 
-    if args.batch_size < 1 or args.max_new_tokens < 1 or (args.limit is not None and args.limit < 1):
-        raise TKPOError("--batch-size, --max-new-tokens and --limit must be at least 1")
+    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
+        raise TKPOError("--batch-size and --limit must be at least 1")
+    decoding = dataclasses.asdict(_decoding(args))
     adapters = {} if args.adapter == BASE else {"adapter": args.adapter}
-    generator = OutlineGenerator(args.model, adapters, args.dtype, args.device)
-    names = ("dataset", "axis", "split", "lang", "limit", "data_dir", "batch_size", "max_new_tokens")
+    generator = _generator(args, adapters)
+    names = ("dataset", "axis", "split", "lang", "limit", "data_dir", "batch_size", "axes_file")
     options = {name: getattr(args, name) for name in names}
     adapter = next(iter(adapters), BASE)
-    result = evaluate(generator, adapter, args.output, **options, axes_file=args.axes_file, adapter_source=args.adapter)
+    result = evaluate(generator, adapter, args.output, **options, adapter_source=args.adapter, **decoding)
     print(score_table(result["scores"]))
 
 
 def score_table(scores: dict) -> str:
     """Scores of each language as aligned text."""
-    names = {"n": "samples", "rouge-1": "R-1", "rouge-2": "R-2", "rouge-l": "R-L", "bleu-4": "BLEU-4"}
-    names |= {"control_accuracy": "control", "structure_valid": "valid", "obeys_detail": "level"}
+    names = {"n": "samples", "rouge1": "R-1", "rouge2": "R-2", "rougeL": "R-L", "bleu4": "BLEU-4"}
+    names |= {"control": "control", "log_odds": "odds", "valid": "valid", "level": "level", "loop": "loops"}
     lines = ["".join(f"{title:>9}" for title in ("", *names.values()))]
     for lang, values in scores.items():
-        cells = (f"{values[key]:.0f}" if key == "n" else f"{values[key]:.2f}" for key in names)
+        known = {key: values[key] for key in names}
+        cells = ("-" if v is None else f"{v:.0f}" if key == "n" else f"{v:.2f}" for key, v in known.items())
         lines.append("".join(f"{cell:>9}" for cell in (lang, *cells)))
     return "\n".join(lines)
 
@@ -388,6 +389,25 @@ def _decoding_flags(p) -> None:
         default="structure",
         help="structure (default) ends outlines and headings that go round in circles; none",
     )
+    p.add_argument(
+        "--style-strength",
+        type=float,
+        default=0.0,
+        metavar="G",
+        help="flip-guided decoding: 0 (default) is off, up to 2 is sensible; costs a second row per outline",
+    )
+    p.add_argument(
+        "--prompt-order",
+        choices=("instruction_first", "article_first"),
+        default="instruction_first",
+        help="of the base model's prompts; an adapter's stand in the order that it was trained on",
+    )
+    p.add_argument(
+        "--engine",
+        choices=("auto", "decoder", "transformers"),
+        default="auto",
+        help="decoder: the project's own, for Qwen2 in float32 on a CPU; default auto: the first that fits",
+    )
 
 
 def _decoding(args):
@@ -395,6 +415,13 @@ def _decoding(args):
     from tkpo.sampling import Decoding
 
     return Decoding(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Decoding)})
+
+
+def _generator(args, adapters: dict):
+    from tkpo.generation import OutlineGenerator
+
+    options = {"axes_file": args.axes_file, "base_prompt_order": args.prompt_order, "engine": args.engine}
+    return OutlineGenerator(args.model, adapters, args.dtype, args.device, **options)
 
 
 def _model_flags(p) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-from tkpo.attributes import get_axis
-from tkpo.data import annotate, load_records, record_key, sample_order
+from tkpo.attributes import get_axes
+from tkpo.data import annotate, load_records, sample_order, user_message
 from tkpo.environment import environment
 from tkpo.errors import TKPOError
 from tkpo.generation import OutlineGenerator
-from tkpo.metrics import evaluate_predictions
-from tkpo.sampling import MAX_NEW_TOKENS
+from tkpo.sampling import Decoding
+from tkpo.scores import score_outlines, summary
 
 
 def test_records(
@@ -25,64 +28,89 @@ def test_records(
     data_dir: str | None = None,
     axes_file: str | None = None,
 ) -> tuple[list[dict], list[dict]]:
-    """(records to predict, training records that the style classifier is fitted on).
+    """(records to predict, training records that the style classifiers are fitted on).
 
-    limit: so many records a language, chosen by hash: the same ones whatever the model.
+    Args:
+        dataset: a name in dataset_info.json or a JSON file, or several with commas between them.
+        axis: the axes' names, likewise; default the data sets' names.
+        split: train, validation or test.
+        lang: en, zh or None for both.
+        limit: at most so many records per language, picked by hash: the same ones whatever the model.
+        data_dir: folder with dataset_info.json.
+        axes_file: table of one's own attributes and axes.
     """
-    table = get_axis(axis or Path(dataset).stem, axes_file)
-    records = annotate(load_records(dataset, split, lang, folder=data_dir), table)
+    names = [dataset] if Path(dataset).is_file() else [name.strip() for name in dataset.split(",")]
+    axes = get_axes(axis or ",".join(Path(name).stem for name in names), axes_file)
+    records = annotate(load_records(dataset, split, lang, folder=data_dir), axes)
     if limit:
         languages = sorted({r["lang"] for r in records})
         groups = [sorted((r for r in records if r["lang"] == tongue), key=sample_order) for tongue in languages]
         records = [r for group in groups for r in group[:limit]]
-    train = annotate(load_records(table.name, "train", lang, folder=data_dir), table)
+    train = [
+        record
+        for table in axes.values()
+        for record in annotate(load_records(table.name, "train", lang, folder=data_dir), table)
+    ]
     return records, train
 
 
 test_records.__test__ = False  # a name pytest would collect
 
 
+def records_digest(records: list[dict]) -> str:
+    """SHA-256 (hex) over all fields of the records, in their order."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
 def predict(
     generator: OutlineGenerator,
     records: list[dict],
     adapter: str,
+    *,
     batch_size: int = 8,
-    max_new_tokens: int = MAX_NEW_TOKENS,
     part: Path | None = None,
     progress: bool = True,
-    adapter_source: str | None = None,
+    decoding: Decoding | None = None,
 ) -> list[str]:
-    """Greedy outlines of one adapter for all records, in their order.
+    """Outlines of one adapter for all records, in their order; default greedy with the loop guard.
 
-    part: a JSON Lines file that keeps what is done, so that an interrupted prediction goes on where it was; what
-    another model or adapter left there is dropped. adapter_source: tells adapters of the same name apart there.
+    Args:
+        generator: the model with its adapters.
+        records: annotated records. Each has a prediction of its own, whatever their ids.
+        adapter: its name in `generator`, or "base".
+        batch_size: outlines written at a time.
+        part: a JSON Lines file that keeps what is done, so that an interrupted prediction is resumed. What other
+            records, weights or settings left there is dropped.
+        progress: show a bar.
+        decoding: settings.
     """
-    done: dict[str, str] = {}
+    decoding = decoding or Decoding()
+    done: dict[int, str] = {}
     if part:
-        made_by = {
-            "model": generator.model_name,
-            "adapter": adapter_source or adapter,
-            "max_new_tokens": max_new_tokens,
-        }
+        made_by = {"records_sha256": records_digest(records), **generator.identity(adapter), **decoding.record()}
         rows = _read_part(part)
-        if rows and rows[0] == made_by:
-            done = {row["key"]: row["prediction"] for row in rows[1:]}
-        else:
-            part.write_text(json.dumps(made_by) + "\n", encoding="utf-8")
-    missing = [r for r in records if record_key(r) not in done]
-    missing.sort(key=lambda r: len(r["input"]))  # rows of one batch of like length
-    with tqdm(total=len(records), initial=len(done), desc=f"outlines by {adapter}", disable=not progress) as bar:
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            texts = generator.generate(batch, adapter, max_new_tokens=max_new_tokens)
-            rows = [(record_key(record), text) for record, text in zip(batch, texts, strict=True)]
-            done.update(rows)
-            if part:
-                with part.open("a", encoding="utf-8") as file:
-                    for key, text in rows:
-                        file.write(json.dumps({"key": key, "prediction": text}, ensure_ascii=False) + "\n")
-            bar.update(len(batch))
-    return [done[record_key(r)] for r in records]
+        kept = rows[1:] if rows and rows[0] == made_by else []
+        done = {row["position"]: row["prediction"] for row in kept}
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in (made_by, *kept))  # without half a last line
+        part.write_text("".join(lines), encoding="utf-8")
+    missing = [position for position in range(len(records)) if position not in done]
+    missing.sort(key=lambda i: len(user_message(records[i])))  # rows that are written together of like length
+    options = {"batch_size": batch_size, "numbers": missing, **asdict(decoding)}
+    outlines = generator.each([records[i] for i in missing], adapter, **options)
+    with (
+        tqdm(total=len(records), initial=len(done), desc=f"outlines by {adapter}", disable=not progress) as bar,
+        part.open("a", encoding="utf-8") if part else contextlib.nullcontext() as file,
+    ):
+        for number, text in outlines:
+            done[missing[number]] = text
+            if file:
+                file.write(json.dumps({"position": missing[number], "prediction": text}, ensure_ascii=False) + "\n")
+                file.flush()
+            bar.update()
+    return [done[position] for position in range(len(records))]
 
 
 def _read_part(part: Path) -> list[dict]:
@@ -109,45 +137,57 @@ def evaluate(
     data_dir: str | None = None,
     axes_file: str | None = None,
     batch_size: int = 8,
-    max_new_tokens: int = MAX_NEW_TOKENS,
     adapter_source: str | None = None,
+    **decoding,
 ) -> dict:
     """Predict, score, write `output`: settings, environment, predictions beside their references, scores.
 
-    adapter_source: what the record of the settings calls the adapter; default its name.
+    Args:
+        generator, adapter: what predicts.
+        output: JSON file to write.
+        dataset, axis, split, lang, limit, data_dir, axes_file: as `test_records` takes them.
+        batch_size: outlines written at a time.
+        adapter_source: what the record of the settings calls the adapter; default its name.
+        decoding: `tkpo.sampling.Decoding`'s settings.
+
     Returns what is written. TKPOError if `output` cannot be written, or a data set cannot be read.
     """
-    records, train = test_records(dataset, axis, split, lang, limit, data_dir, axes_file)
+    settings = Decoding(**decoding)
     output = Path(output)
-    settings = {
-        "model": generator.model_name,
-        "adapter": adapter_source or adapter,
-        "dataset": dataset,
-        "split": split,
-        "lang": lang,
-        "limit": limit,
-        "max_new_tokens": max_new_tokens,
-        "decoding": "greedy",
-    }
     part = output.with_name(output.name + ".part.jsonl")
+    _check_writable(output, part)
+    records, train = test_records(dataset, axis, split, lang, limit, data_dir, axes_file)
+    predictions = predict(generator, records, adapter, batch_size=batch_size, part=part, decoding=settings)
+    rows = score_outlines(records, predictions, train)
+    result = {
+        "settings": {
+            **generator.identity(adapter),
+            "adapter": adapter_source or adapter,
+            "dataset": dataset,
+            "split": split,
+            "lang": lang,
+            "limit": limit,
+            "records_sha256": records_digest(records),
+            **settings.record(),
+        },
+        "environment": environment(),
+        "scores": summary(rows),
+        "samples": [
+            {**row, "reference": record["output"], "prediction": prediction}
+            for row, record, prediction in zip(rows, records, predictions, strict=True)
+        ],
+    }
+    output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.unlink()
+    return result
+
+
+def _check_writable(output: Path, part: Path) -> None:
+    if output.is_dir():
+        raise TKPOError(f"cannot write {output}: it is a folder; give a file, e.g. {output / 'scores.json'}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with part.open("a"):
             pass
     except OSError as error:
         raise TKPOError(f"cannot write {output}: {error.strerror or error}") from error
-    predictions = predict(generator, records, adapter, batch_size, max_new_tokens, part, adapter_source=adapter_source)
-    scores = evaluate_predictions(records, predictions, train)
-    samples = scores.pop("samples")
-    result = {
-        "settings": settings,
-        "environment": environment(),
-        "scores": scores,
-        "samples": [
-            {**sample, "reference": record["output"], "prediction": prediction}
-            for sample, record, prediction in zip(samples, records, predictions, strict=True)
-        ],
-    }
-    output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.unlink()
-    return result
