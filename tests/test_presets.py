@@ -55,7 +55,7 @@ def test_cache_dir_follows_tkpo_cache_then_xdg_then_home(monkeypatch):
 def test_unknown_preset_names_the_presets():
     with pytest.raises(TKPOError) as error:
         presets.resolve_model("qwen2.5-coder-1b")
-    for name in ("tiny", "small", "qwen2.5-coder-0.5b", "qwen2.5-0.5b", "qwen2.5-3b"):
+    for name in ("tiny", "small", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "qwen2.5-0.5b", "qwen2.5-3b"):
         assert name in str(error.value)
 
 
