@@ -1,6 +1,7 @@
 """The real LLaMA-Factory with the TKPO loss: its first step against TKPOTrainer on the same samples."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -10,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    TrainerCallback,
+)
 
 from tkpo.attributes import get_axis
 from tkpo.data import make_record
@@ -71,15 +82,34 @@ def chinese_model(tmp_path_factory, qwen_tokenizer):
     return str(folder)
 
 
+@pytest.fixture
+def said():
+    """What LLaMA-Factory's log says, as one text."""
+
+    class Lines(logging.Handler):
+        def emit(self, record):
+            self.text += record.getMessage() + "\n"
+
+    handler, logger = Lines(), logging.getLogger("llamafactory")
+    handler.text = ""
+    logger.addHandler(handler)
+    yield lambda: handler.text
+    logger.removeHandler(handler)
+
+
 class Log(TrainerCallback):
     """Keeps what LLaMA-Factory's Trainer logs."""
 
     def __init__(self):
-        self.losses = []
+        self.lines = []
+
+    @property
+    def losses(self):
+        return [line["loss"] for line in self.lines]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            self.losses.append(logs["loss"])
+            self.lines.append(dict(logs))
 
 
 def write_config(home, output, **changes):
@@ -117,8 +147,13 @@ def llamafactory_losses(home, output, **changes):
     return log.losses
 
 
-def first_loss(home, model, dataset, batch, weight=0.5, **settings):
+def first_loss(*arguments, **settings):
     """The loss that TKPOTrainer logs for its first step, over the first `batch` samples of the file."""
+    return first_line(*arguments, **settings)["loss"]
+
+
+def first_line(home, model, dataset, batch, weight=0.5, **settings):
+    """All that TKPOTrainer logs for it."""
     records = json.loads((home / f"{dataset}.json").read_text())[:batch]
     args = TKPOConfig(
         output_dir=str(home / "ours"),
@@ -135,7 +170,7 @@ def first_loss(home, model, dataset, batch, weight=0.5, **settings):
     loaded = load_model(model, "float32", "cpu")
     trainer = TKPOTrainer(loaded, args, records, processing_class=load_tokenizer(model))
     trainer.train()
-    return next(line["loss"] for line in trainer.state.log_history if "loss" in line)
+    return next(line for line in trainer.state.log_history if "loss" in line)
 
 
 @pytest.mark.parametrize("finetuning", ["full", "lora"])
@@ -204,6 +239,109 @@ def test_chinese_samples_in_the_published_format(home, chinese_model):
     assert loss - first_loss(home, chinese_model, "chinese", 2, weight=0.0) > 0.1
 
 
+def test_the_log_has_the_terms_beside_the_loss(home, tiny, said):
+    log = Log()
+    whole = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 1}
+    llamafactory.train(write_config(home, "terms", model_name_or_path=tiny, **whole, save_strategy="no"), (), [log])
+    expected = first_line(home, tiny, "english", 4)
+    for name in ("loss", "cross_entropy", "preference", "reward", "accuracy"):
+        assert log.lines[0][name] == pytest.approx(expected[name], rel=1e-4), name
+    assert "TKPO is active on Qwen2ForCausalLM: loss = cross_entropy + 0.5 * preference" in said()
+    assert "num_rejects 5" in said() and "language_style" in said()
+    written = json.loads((home / "terms" / "trainer_state.json").read_text())["log_history"][0]
+    assert written["preference"] == log.lines[0]["preference"]
+
+
+def test_a_llama_trains_with_the_loss_of_our_trainer(home, tmp_path, tiny_folder):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, initializer_range=0.5, **shape))
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+    (loss,) = llamafactory_losses(home, "llama", model_name_or_path=str(tmp_path), max_steps=1)
+    assert loss == pytest.approx(first_loss(home, str(tmp_path), "english", 4), rel=1e-5)
+    assert json.loads((home / "llama" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert "tkpo" not in vars(LlamaForCausalLM)
+
+
+def test_eval_loss_is_the_plain_models_cross_entropy(home, tiny, tiny_tokenizer):
+    changes = {"model_name_or_path": tiny, "eval_dataset": "chinese", "do_eval": True, "learning_rate": 0.0}
+    llamafactory_losses(home, "eval", **changes, max_steps=1, per_device_eval_batch_size=1, eval_strategy="no")
+    found = json.loads((home / "eval" / "eval_results.json").read_text())["eval_loss"]
+    model, losses = load_model(tiny, "float32", "cpu"), []
+    for record in json.loads((home / "chinese.json").read_text()):
+        turns = [{"role": "user", "content": f"{record['instruction']}\n{record['input']}"}]
+        prompt = tiny_tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        start, end = (tiny_tokenizer(text)["input_ids"] for text in (prompt, record["output"] + "<|im_end|>\n"))
+        ids = torch.tensor([start + end])
+        losses.append(model(input_ids=ids, labels=torch.tensor([[-100] * len(start) + end])).loss.item())
+    assert found == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+def test_keys_that_transformers_has_dropped_are_left_out_with_a_warning(home, said):
+    former = {"save_safetensors": True, "no_cuda": True, "evaluation_strategy": "no"}
+    losses = llamafactory_losses(home, "former", **former, max_steps=1, save_strategy="no")
+    assert len(losses) == 1
+    assert "save_safetensors is left out" in said() and "eval_strategy took its place" in said()
+
+
+# ---- several turns
+
+
+TURNS = {
+    "first": ["Requirement: literary. Topic: the sea", "Make it longer."],
+    "last": ["Hello", "Requirement: literary. Topic: the sea"],
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_every_user_turn_is_searched(home, tiny, tiny_tokenizer, turn):
+    questions = TURNS[turn]
+    answers = ["1. Salt", "1. Salt\n2. Song"]
+    record = {"instruction": questions[1], "input": "", "output": answers[1], "history": [[questions[0], answers[0]]]}
+    (home / "turns.json").write_text(json.dumps([record]))
+    info = json.loads((home / "dataset_info.json").read_text())
+    columns = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
+    info["turns"] = {"file_name": "turns.json", "columns": columns}
+    (home / "dataset_info.json").write_text(json.dumps(info))
+    changes = {"model_name_or_path": tiny, "dataset": "turns", "gradient_accumulation_steps": 1, "max_steps": 1}
+    (loss,) = llamafactory_losses(home, "turns", **changes, save_strategy="no")
+
+    true = by_turns(tiny_tokenizer, questions, answers)
+    flipped = by_turns(tiny_tokenizer, [q.replace("literary", "objective") for q in questions], answers)
+    assert loss == pytest.approx(loss_by_hand(load_model(tiny, "float32", "cpu"), true, flipped), rel=1e-5)
+
+
+def by_turns(tokenizer, questions, answers):
+    """(ids, labels) of a conversation in Qwen's template: every answer with its end of turn is trained."""
+    ids, labels = [], []
+    text = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    for question, answer in zip(questions, answers, strict=True):
+        text += f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        prompt, response = (tokenizer(t)["input_ids"] for t in (text, answer + "<|im_end|>\n"))
+        ids += prompt + response
+        labels += [-100] * len(prompt) + response
+        text = ""
+    return ids, labels
+
+
+def loss_by_hand(model, true, flipped, num_rejects=5, tau=0.15, weight=0.5):
+    """The method position by position in float64, with the likeliest tokens of the flipped conversation as rejects."""
+    own, other = ([], [])
+    for (ids, labels), kept in ((true, own), (flipped, other)):
+        with torch.no_grad():
+            predictions = model(input_ids=torch.tensor([ids])).logits[0].double().softmax(-1)
+        kept += [(predictions[i - 1], label) for i, label in enumerate(labels) if label != -100]
+    losses, rewards = [], []
+    for (p, gold), (q, same) in zip(own, other, strict=True):
+        assert gold == same
+        rivals = [v for v in q.argsort(descending=True).tolist() if v != gold][:num_rejects]
+        scores = [(p[v] / tau).exp() for v in (gold, *rivals)]
+        losses.append(-p[gold].log())
+        rewards.append(scores[0] / sum(scores))
+    return float(sum(losses) / len(losses) - weight * (sum(rewards) / len(rewards)).log())
+
+
 def test_without_the_section_it_is_llamafactorys_own(home):
     from llamafactory.train.tuner import run_exp
 
@@ -218,12 +356,13 @@ def test_without_the_section_it_is_llamafactorys_own(home):
 
 
 @pytest.mark.parametrize("name", ["qwen_sft_tkpo.yaml", "qwen_sft.yaml", "qwen_dpo.yaml"])
-def test_shipped_configurations_run(tmp_path, name):
+def test_shipped_configurations_run_from_any_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
     log = Log()
-    overrides = ["model_name_or_path=tiny", f"dataset_dir={ROOT / 'data'}", f"output_dir={tmp_path}", "max_samples=1"]
-    overrides += ["max_steps=1", "logging_steps=1", "cutoff_len=2048"]
+    overrides = ["model_name_or_path=tiny", "max_samples=1", "max_steps=1", "logging_steps=1", "cutoff_len=2048"]
     llamafactory.train(name, overrides + ["ref_model=tiny"] * (name == "qwen_dpo.yaml"), [log])
     assert len(log.losses) == 1
+    assert list(tmp_path.rglob("*.safetensors"))
     if name == "qwen_dpo.yaml":
         assert log.losses[0] == pytest.approx(0.6931, abs=1e-3)  # -log sigmoid(0): the policy is the reference
     assert "tkpo" not in vars(Qwen2ForCausalLM)
@@ -255,6 +394,13 @@ def test_the_patch_applies_in_every_process_of_torchrun(home):
         ({"tkpo": {"axis": "language_style", "lambda": 1}}, ["'lambda'", "preference_weight"]),
         ({"tkpo": {"axis": "language_style", "tau": "warm"}}, ["tau", "float", "'warm'"]),
         ({"tkpo": {"axis": "language_style", "sampler": "best"}}, ["'best'", "multinomial"]),
+        ({"tkpo": {"axis": "language_style", "tau": 0}}, ["tau", "0"]),
+        ({"tkpo": {"axis": "language_style", "preference_weight": -1}}, ["preference_weight", "-1"]),
+        ({"tkpo": {"axis": "language_style", "num_rejects": 0}}, ["num_rejects", "0"]),
+        ({"tkpo": {"axis": "language_style", "num_rejects": 259}}, ["num_rejects", "only 259 tokens"]),
+        ({"tkpo": {"axis": "language_style", "reduction": "sum"}}, ["'sum'", "log_mean"]),
+        ({"model_name_or_path": "nobody/nothing"}, ["nobody/nothing"]),
+        ({"upcast_lmhead_output": True}, ["upcast_lmhead_output"]),
         ({"tkpo": 3}, ["tkpo", "3"]),
         ({"packing": True}, ["packing", "one row"]),
         ({"stage": "dpo"}, ["stage", "dpo"]),
@@ -285,14 +431,21 @@ def test_a_phrase_merged_with_its_neighbours_is_refused(home, chinese_model, tmp
         llamafactory.train(path)
 
 
-def test_another_kind_of_model_is_refused(home, tmp_path, tiny_folder):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def test_a_model_that_the_patch_does_not_cover_is_refused(home, tmp_path, tiny_folder):
+    """Phi's output head has a bias."""
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=300, **shape)).save_pretrained(tmp_path)
+    PhiForCausalLM(PhiConfig(vocab_size=300, **shape)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
-    with pytest.raises(TKPOError, match="LlamaForCausalLM"):
-        llamafactory.train(write_config(home, "llama", model_name_or_path=str(tmp_path)))
+    with pytest.raises(TKPOError, match=r"PhiForCausalLM.*bias"):
+        llamafactory.train(write_config(home, "phi", model_name_or_path=str(tmp_path)))
+    assert not list((home / "phi").glob("*.safetensors"))
+
+
+def test_a_model_that_is_no_causal_lm_is_refused(home, tmp_path, tiny_folder):
+    T5Config(vocab_size=300).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+    with pytest.raises(TKPOError, match="not t5"):
+        llamafactory.train(write_config(home, "t5", model_name_or_path=str(tmp_path)))
 
 
 def test_the_command_says_it_without_a_traceback(home):

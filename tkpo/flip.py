@@ -15,6 +15,7 @@ from tkpo.attributes import Axis
 from tkpo.errors import TKPOError
 from tkpo.loss import IGNORE_INDEX
 
+RESPONSE = -1  # stands for the tokens of a response where prompts are searched
 ANCHOR = 2  # tokens of the instruction before the phrase that must stand there too, on the first try
 
 
@@ -114,18 +115,42 @@ class PromptFlipper:
         where: names the sample in errors.
         axis: the axis to flip on; None: the first that has an attribute phrase in the prompt.
         """
-        found = self.find(list(ids[:prompt_length]), axis)
-        if not found:
-            axes = [self.axes[axis]] if axis in self.axes else self.axes.values()
-            names = ", ".join(x.name for x in axes)
-            known = ", ".join(dict.fromkeys(p for x in axes for a in x.flip for p in x.phrases[a].values()))
-            start = self.tokenizer.decode(ids[: min(prompt_length, 60)])
-            raise TKPOError(
-                f"{where}: no attribute phrase of axis {names} ({known}) in the prompt {start!r}. "
-                "Choose the axis of this data set, or describe its attributes in an axes table"
-            )
-        _, start, end, replacement = found
+        _, start, end, replacement = self._require(list(ids[:prompt_length]), where, axis)
         return [*ids[:start], *replacement, *ids[end:]]
+
+    def _require(self, prompt: list[int], where: str, axis: str | None) -> tuple[str, int, int, tuple[int, ...]]:
+        """What `find` finds; TKPOError if it is nothing."""
+        found = self.find(prompt, axis)
+        if found:
+            return found
+        axes = [self.axes[axis]] if axis in self.axes else self.axes.values()
+        names = ", ".join(x.name for x in axes)
+        known = ", ".join(dict.fromkeys(p for x in axes for a in x.flip for p in x.phrases[a].values()))
+        start = self.tokenizer.decode([i for i in prompt if i != RESPONSE][:60])
+        raise TKPOError(
+            f"{where}: no attribute phrase of axis {names} ({known}) in the prompt {start!r}. "
+            "Choose the axis of this data set, or describe its attributes in an axes table"
+        )
+
+    def flip_row(
+        self, ids: list[int], labels: list[int], where: str = "sample", axis: str | None = None
+    ) -> tuple[list[int], list[int]]:
+        """(ids, labels) with the attribute flipped in the prompt, or in the user turn that has it.
+
+        ids: prompt and response; with several turns, every stretch without labels before the last response is searched.
+        labels: of the same length, -100 outside the responses. A row without response tokens is returned as it is.
+        where: names the sample in errors.
+        axis: as in `flip_ids`.
+        """
+        trained = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
+        if not trained:
+            return ids, labels
+        prompts = [RESPONSE if label != IGNORE_INDEX else i for i, label in zip(ids, labels, strict=True)]
+        _, start, end, replacement = self._require(prompts[: trained[-1]], where, axis)
+        return (
+            [*ids[:start], *replacement, *ids[end:]],
+            [*labels[:start], *[IGNORE_INDEX] * len(replacement), *labels[end:]],
+        )
 
     def flip_batch(
         self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None
@@ -140,10 +165,7 @@ class PromptFlipper:
         for row in range(len(input_ids)):
             real = mask[row].bool()
             ids, own_labels = input_ids[row][real].tolist(), labels[row][real].tolist()
-            length = next((i for i, label in enumerate(own_labels) if label != IGNORE_INDEX), None)
-            flipped = ids if length is None else self.flip_ids(ids, length, f"row {row} of the batch")
-            added = len(flipped) - len(ids)
-            rows.append((flipped, [IGNORE_INDEX] * added + own_labels if added >= 0 else own_labels[-added:]))
+            rows.append(self.flip_row(ids, own_labels, f"row {row} of the batch"))
         return pad_rows(rows, self.pad_id, input_ids.device)
 
     @property
