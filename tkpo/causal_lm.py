@@ -79,8 +79,21 @@ def patch(target: PreTrainedModel | type[PreTrainedModel], settings: TKPOSetting
     plain = target.forward
     call_plain = plain if is_class else lambda _, *args, **kwargs: plain(*args, **kwargs)
 
+    inside = []  # not empty while a patched forward runs
+
     def forward(self, input_ids=None, attention_mask=None, *args, **kwargs):
-        return _forward(self, call_plain, input_ids, attention_mask, *args, **kwargs)
+        inside.append(True)
+        try:
+            return _forward(self, call_plain, input_ids, attention_mask, *args, **kwargs)
+        finally:
+            inside.pop()
+
+    def check_inside(decoder, _):
+        if decoder.training and torch.is_grad_enabled() and not inside:
+            raise TKPOError(
+                f"a trainer has replaced the patched forward of this {name} and would train without the TKPO loss: "
+                "patch the model after the trainer is made (with TRL's SFTTrainer, `patch(trainer.model, settings)`)"
+            )
 
     # Trainer and generate() read there what forward takes: labels, position_ids, logits_to_keep.
     unbound = plain if is_class else getattr(plain, "__func__", plain)
@@ -91,10 +104,13 @@ def patch(target: PreTrainedModel | type[PreTrainedModel], settings: TKPOSetting
     target.tkpo = settings
     # The loss is a mean over sequences: trainers divide it by their accumulation steps themselves.
     target.accepts_loss_kwargs = False
+    guard = None if is_class else target.get_decoder().register_forward_pre_hook(check_inside)
 
     def undo() -> None:
         if vars(target).get("forward") is not new:
             return
+        if guard is not None:
+            guard.remove()
         if own:
             target.forward = plain
         else:
