@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tkpo.data import user_message
+from tkpo.data.records import record_faults
 from tkpo.errors import TKPOError
 from tkpo.flip import PromptFlipper, pad_rows
 from tkpo.loss import IGNORE_INDEX
@@ -44,6 +45,8 @@ def encode_dataset(
     rows, cut = [], []
     for number, record in enumerate(records, 1):
         name = f"record {number}" + (f" ({record['id']})" if record.get("id") else "")
+        if fault := next(record_faults(record, pairs=False), None):
+            raise TKPOError(f"{name}: {fault}")
         ids, prompt_length = encode_record(record, tokenizer, max_length)
         if len(ids) <= prompt_length:
             cut.append(name)

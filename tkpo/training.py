@@ -10,13 +10,14 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from tkpo.attributes import get_axes
 from tkpo.causal_lm import patch
-from tkpo.encoding import TKPOCollator, encode_dataset
+from tkpo.encoding import TKPOCollator
 from tkpo.errors import TKPOError
 from tkpo.flip import PromptFlipper
 from tkpo.loss import IGNORE_INDEX
 from tkpo.machine import avoid_cudnn_attention
 from tkpo.settings import CHUNK_SIZE, CONTRAST_POSITIONS, REDUCTIONS, SAMPLERS, TKPOSettings
 from tkpo.shared_prefix import SharedPrefixDataset, collate
+from tkpo.trainer_data import DataPreparer
 
 SEQUENCE_MEANS = ("cross_entropy", "preference", "contrast")
 METRICS = (*SEQUENCE_MEANS, "reward", "accuracy")
@@ -71,8 +72,16 @@ class TKPOConfig(TrainingArguments):
 class TKPOTrainer(Trainer):
     """Trains any causal LM that `tkpo.causal_lm.patch` covers with TKPO.
 
-    train_dataset, eval_dataset: Alpaca records (a list or a Dataset with `instruction`, `input`, `output`), or
-    rows that `encode_dataset` made. peft_config: a PEFT config, to train an adapter in place of the model.
+    model: a causal LM, or what `tkpo.presets.load_model` takes: preset, folder or hub id.
+    args: TKPOConfig; of plain TrainingArguments what they say, with TKPOConfig's defaults for the rest.
+    train_dataset: records (a list or a Dataset), rows that `encode_dataset` made, or a stream of either (an
+        IterableDataset, with `max_steps`).
+    eval_dataset: the same, or a dict of such by name.
+    processing_class: the tokenizer, with a chat template.
+    peft_config: a PEFT config, to train an adapter in place of the model.
+
+    `evaluate` and `predict` take the same data sets; `predict` gives metrics alone, no predictions: logits never exist
+    as a whole. TKPOError for what Trainer would do with logits (`compute_metrics`, label smoothing).
     Logs loss, cross_entropy, preference, contrast, reward (mean r_t) and accuracy (share of response positions whose
     gold probability beats every reject). Losses are means over sequences, exactly so under gradient accumulation.
     With `share_prefix`, batch sizes still count samples; a micro-batch is one row of them (`tkpo.shared_prefix`).
@@ -83,7 +92,7 @@ class TKPOTrainer(Trainer):
     def __init__(
         self,
         model,
-        args: TKPOConfig,
+        args: TrainingArguments | None = None,
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
@@ -96,6 +105,8 @@ class TKPOTrainer(Trainer):
             from tkpo.presets import load_model
 
             model = load_model(model)
+        args = _own_arguments(args)
+        _refuse_logits(args, kw)
         avoid_cudnn_attention()
         settings = args.settings(processing_class)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -106,13 +117,10 @@ class TKPOTrainer(Trainer):
 
             model = get_peft_model(model, peft_config)
 
-        def encode(data, batch_size):
-            if data is None:
-                return None
-            if "input_ids" not in data[0]:
-                data = encode_dataset(data, processing_class, settings.flipper, args.max_length)
-            return SharedPrefixDataset(data, batch_size) if args.share_prefix else data
-
+        self._prepare_data = DataPreparer(processing_class, settings.flipper, args.max_length, args.share_prefix)
+        train_dataset = self._prepare_data(train_dataset, args.per_device_train_batch_size, "train_dataset")
+        if train_dataset is not None and not hasattr(train_dataset, "__len__") and args.max_steps <= 0:
+            raise TKPOError("train_dataset is a stream: set max_steps, the learning rate schedule needs to know them")
         args.remove_unused_columns = False
         args.label_names = args.label_names or ["labels"]
         pad_id = processing_class.pad_token_id
@@ -120,8 +128,8 @@ class TKPOTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=encode(train_dataset, args.per_device_train_batch_size),
-            eval_dataset=encode(eval_dataset, args.per_device_eval_batch_size),
+            train_dataset=train_dataset,
+            eval_dataset=self._prepare_data(eval_dataset, args.per_device_eval_batch_size, "eval_dataset"),
             processing_class=processing_class,
             data_collator=kw.pop("data_collator", None) or collator,
             **kw,
@@ -133,6 +141,22 @@ class TKPOTrainer(Trainer):
         """Sequences with a response in one optimizer step: all its micro-batches, over all processes."""
         count = torch.tensor(sum(map(_count_sequences, batch_samples)), device=device)
         return self.accelerator.gather(count).sum().clamp_min(1)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if not isinstance(eval_dataset, str):  # a name is one of self.eval_dataset, which is encoded
+            eval_dataset = self._prepare_data(eval_dataset, self.args.per_device_eval_batch_size, "eval_dataset")
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        rows = self._prepare_data(test_dataset, self.args.per_device_eval_batch_size, "test_dataset")
+        return super().get_test_dataloader(rows)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Trainer's, with the means of the loss's terms among its metrics."""
+        self._sums["eval"].clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in self._means("eval").items()})
+        return output
 
     def _get_dataloader(self, dataset, description, batch_size, *args, **kwargs):
         if isinstance(dataset, SharedPrefixDataset):
@@ -161,24 +185,53 @@ class TKPOTrainer(Trainer):
             weight = scale if name in SEQUENCE_MEANS else count
             sums[name] += getattr(outputs, name).item() * weight
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "eval" if any(key.startswith("eval_") for key in logs) else "train"
+    def _means(self, mode: str) -> dict[str, float]:
+        """Means over sequences (or positions) of what `_note` summed in all processes, which forget it."""
         sums = self._sums[mode]
+        if not sums:
+            return {}
         names = sorted(sums)
-        if mode == "train" and "loss" not in logs:
-            names = []  # the summary at the end of training
-        if names:
-            totals = torch.tensor([sums[name] for name in names], dtype=torch.float64)
-            totals = self.accelerator.reduce(totals.float().to(self.accelerator.device), "sum").tolist()
-            totals = dict(zip(names, totals, strict=True))
-            count = max(totals.pop("sequences"), 1.0)
-            prefix = "eval_" if mode == "eval" else ""
-            shown = ["cross_entropy"]
-            shown += ["preference", "reward", "accuracy"] if self.args.preference_weight else []
-            shown += ["contrast"] if self.args.contrast_weight else []
-            logs.update({prefix + name: round(totals[name] / count, 6) for name in shown})
-            sums.clear()
+        totals = torch.tensor([sums[name] for name in names], dtype=torch.float64)
+        totals = self.accelerator.reduce(totals.float().to(self.accelerator.device), "sum").tolist()
+        totals = dict(zip(names, totals, strict=True))
+        sums.clear()
+        count = max(totals.pop("sequences"), 1.0)
+        shown = ["cross_entropy"]
+        shown += ["preference", "reward", "accuracy"] if self.args.preference_weight else []
+        shown += ["contrast"] if self.args.contrast_weight else []
+        return {name: round(totals[name] / count, 6) for name in shown}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # of training steps; not of an evaluation, nor the summary at the end
+            logs.update(self._means("train"))
         super().log(logs, start_time)
+
+
+def _own_arguments(args: TrainingArguments | None) -> TKPOConfig:
+    """TKPOConfig as it is; of plain TrainingArguments what they say, as TRL's trainers do."""
+    if args is None:
+        return TKPOConfig("tkpo_output")
+    if isinstance(args, TKPOConfig):
+        return args
+    if not isinstance(args, TrainingArguments):
+        raise TKPOError(f"args must be a TKPOConfig, not {type(args).__name__}")
+    values = {f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init}
+    return TKPOConfig(**values)
+
+
+def _refuse_logits(args: TKPOConfig, options: dict) -> None:
+    """TKPOError for what needs logits or another loss: it would be ignored."""
+    for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+        if options.get(name) is not None:
+            raise TKPOError(
+                f"{name} needs logits, which TKPO never holds as a whole: score outlines by tkpo.evaluation"
+            )
+    if options.get("compute_loss_func") is not None:
+        raise TKPOError("compute_loss_func would replace the TKPO loss: use transformers' Trainer for another loss")
+    if options.get("model_init") is not None:
+        raise TKPOError("model_init is not supported: give the model itself")
+    if args.label_smoothing_factor:
+        raise TKPOError("label_smoothing_factor is not part of the TKPO loss: set it to 0")
 
 
 def _count_sequences(batch: dict) -> int:
