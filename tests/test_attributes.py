@@ -69,12 +69,12 @@ def test_unknown_names_list_what_there_is():
     ("text", "found"),
     [
         ("Please be OBJECTIVE.", ("objective", "en")),
-        ("Literary, not objective", ("literary", "en")),
-        ("objective, not literary", ("objective", "en")),
+        ("Literary, not objective", ("objective", "en")),
+        ("objective, not literary", ("literary", "en")),
         ("要求：文学诗意。", ("literary", "zh")),
-        ("写得真实客观一些，不要文学诗意", ("objective", "zh")),
+        ("写得真实客观一些，不要文学诗意", ("literary", "zh")),
         ("先literary，后真实客观", ("objective", "zh")),  # "先literary" is one run of letters
-        ("an objective 文学诗意", ("objective", "en")),
+        ("an objective 文学诗意", ("literary", "zh")),
         ("an unobjective view", None),
         ("objectives and objectively", None),
         ("a non-literary text", ("literary", "en")),
@@ -82,20 +82,21 @@ def test_unknown_names_list_what_there_is():
         ("", None),
     ],
 )
-def test_find_takes_the_first_whole_word_in_any_case(text, found):
+def test_find_takes_the_last_whole_word_in_any_case(text, found):
     assert get_axis("language_style").find(text) == found
 
 
 @pytest.mark.parametrize(
     ("text", "flipped"),
     [
-        ("be Objective, be objective", "be literary, be objective"),
-        ("an unobjective, literary and objective text", "an unobjective, objective and objective text"),
-        ("要求：真实客观。真实客观", "要求：文学诗意。真实客观"),
-        ("objective\nTopic: a literary prize", "literary\nTopic: a literary prize"),
+        ("be objective, be Objective", "be objective, be Literary"),
+        ("a literary, objective and unobjective text", "a literary, literary and unobjective text"),
+        ("要求：真实客观。真实客观", "要求：文学诗意。真实客观"),  # in the instruction's place
+        ("Be OBJECTIVE", "Be LITERARY"),
+        ("Requirement: objective\nTopic: a literary prize", "Requirement: literary\nTopic: a literary prize"),
     ],
 )
-def test_only_the_first_phrase_is_flipped(text, flipped):
+def test_only_one_phrase_is_flipped(text, flipped):
     assert get_axis("language_style").flip_text(text)[0] == flipped
 
 
@@ -104,6 +105,32 @@ def test_text_without_a_phrase_cannot_be_flipped():
         get_axis("level_of_detail").flip_text("Write a haiku, unconcisely.")
     for part in ("level_of_detail", "comprehensive", "concise", "详细全面", "简洁关键", "Write a haiku"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Requirement: Literary.",
+        "Requirement:literary",
+        "REQUIREMENT: [literary]",
+        "Requirement:\n\tliterary.",
+        "要求： 文学诗意 。",
+        "要求：【文学诗意】",
+        "Objective facts. Requirement: literary. Objective, objective!",
+        "An objective jury sat.\n\nGenerate a structured hierarchical outline of the above. Requirement: literary.",
+        "Requirement: objective.\nGenerate a structured hierarchical outline of the above. Requirement: literary.",
+    ],
+)
+def test_the_phrase_in_the_instructions_place_wins_over_others(text):
+    found = get_axis("language_style").locate(text)
+    assert found.attribute == "literary"
+    assert text[found.start : found.end].casefold() in ("literary", "文学诗意")
+
+
+def test_a_word_that_ends_in_the_instructions_words_is_no_place(tmp_path):
+    table = {"instruction": {"en": "Style {attribute}:"}, "axes": {"a": {"literary": "concise", "concise": "literary"}}}
+    axis = get_axis("a", write(tmp_path, yaml.safe_dump(table)))
+    assert axis.find("Lifestyle literary, style concise, literary") == ("concise", "en")
 
 
 # ---- an axis of one's own

@@ -333,7 +333,7 @@ def test_records_of_one_file_that_are_alike_all_stay(tmp_path):
     row = {"instruction": "literary", "output": "1. A"}
     path = tmp_path / "a,b.json"
     path.write_text(json.dumps([row, row]), encoding="utf-8")
-    assert load_records(str(path)) == [row, row]
+    assert load_records(str(path)) == [{**row, "input": ""}] * 2
     assert len(load_records(f"language_style,{DATA / 'language_style' / 'test.en.json'}", "test", folder=DATA)) == 320
 
 
@@ -341,9 +341,7 @@ def test_records_of_several_axes_without_one_get_the_axis_of_their_phrase():
     axes = get_axes("language_style, level_of_detail")
     rows = [{"instruction": f"Be {word}.", "output": "1. A"} for word in ("concise", "literary", "objective")]
     assert [r["axis"] for r in annotate(rows, axes)] == ["level_of_detail", "language_style", "language_style"]
-    with pytest.raises(
-        TKPOError, match=r"record 1: field 'axis' is 'mood', not one of language_style, level_of_detail"
-    ):
+    with pytest.raises(TKPOError, match=r"record 1: field 'axis' is 'mood', not language_style or level_of_detail"):
         annotate([{**rows[0], "axis": "mood"}], axes)
 
 
@@ -382,7 +380,7 @@ def test_json_lines_a_byte_order_mark_and_blank_lines_are_fine(tmp_path):
     row = {"instruction": "literary", "output": "1. A"}
     path = tmp_path / "a.jsonl"
     path.write_text("\ufeff" + json.dumps(row) + "\n\n" + json.dumps(row) + "\n", encoding="utf-8")
-    assert load_records(str(path)) == [row, row]
+    assert load_records(str(path)) == [{**row, "input": ""}] * 2
 
 
 def test_unicode_line_separators_inside_a_record_do_not_cut_it(tmp_path):
@@ -397,12 +395,12 @@ def test_annotation_keeps_what_a_record_says_and_looks_in_the_input_last():
     rows = [
         {"instruction": "Be literary.", "input": "objective", "output": "1. A", "id": "x", "form": "topic"},
         {"instruction": "Outline this.", "input": "Objective, please.", "output": "1. A"},
-        {"instruction": "Be literary.", "output": "1. A", "attribute": "objective", "lang": "en"},
+        {"instruction": "Be literary.", "output": "1. A", "attribute": "literary", "lang": "zh"},
     ]
     first, second, third = annotate(rows, axis)
     assert (first["attribute"], first["id"], first["form"]) == ("literary", "x", "topic")
     assert (second["attribute"], second["lang"], second["id"]) == ("objective", "en", "2")
-    assert third["attribute"] == "objective"
+    assert (third["attribute"], third["lang"]) == ("literary", "zh")
     with pytest.raises(TKPOError, match="record 2: no attribute phrase of axis language_style"):
         annotate([rows[0], {"instruction": "Be brief.", "output": "1. A"}], axis)
 

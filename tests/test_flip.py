@@ -1,5 +1,8 @@
 """The flip on token ids, held against retokenised text."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -169,15 +172,15 @@ def test_the_instruction_may_go_on_otherwise_after_the_phrase(tokenizer, ending)
     ("axis", "text", "expected"),
     [
         ("language_style", "Make it literary!", "Make it objective!"),
-        ("language_style", "literary, with an objective end", "objective, with an objective end"),
+        ("language_style", "literary, with an objective end", "literary, with an literary end"),
         ("language_style", "Objective tone, not poetry.", "Literary tone, not poetry."),
         ("level_of_detail", "An outline that is concise, please.", "An outline that is objective, please."),
-        ("level_of_detail", "Be comprehensive, not concise.", "Be concise, not concise."),
+        ("level_of_detail", "Be comprehensive, not concise.", "Be comprehensive, not objective."),
         ("language_style", "请写一份文学诗意的目录", "请写一份真实客观的目录"),
-        ("language_style", "写得真实客观些，不要文学诗意", "写得文学诗意些，不要文学诗意"),
+        ("language_style", "写得真实客观些，不要文学诗意", "写得真实客观些，不要真实客观"),
     ],
 )
-def test_other_instructions_are_matched_loosely_at_the_first_phrase(tokenizer, axis, text, expected):
+def test_other_instructions_are_matched_at_the_last_phrase(tokenizer, axis, text, expected):
     assert flip(tokenizer, get_axis(axis), text) == chat(tokenizer, expected)
 
 
@@ -235,16 +238,57 @@ def test_own_axis_with_phrases_of_different_token_lengths(tokenizer, tone, lang,
     assert back == chat(tokenizer, text)  # with two attributes, two flips are none
 
 
-def test_a_phrase_that_the_tokenizer_merges_with_its_neighbours_is_refused(qwen_tokenizer, tiny_tokenizer, tmp_path):
+def test_a_phrase_that_the_tokenizer_merges_with_its_neighbours_is_flipped(tokenizer, qwen_tokenizer, tmp_path):
     path = tmp_path / "axes.yaml"
     path.write_text('instruction: {en: "Outline, tone({attribute})."}\n' + TONE, encoding="utf-8")
     axis = get_axis("tone", path)
     assert "(form" in qwen_tokenizer.decode(encode(qwen_tokenizer, "tone(formal)")[1])  # one token: "(form"
-    with pytest.raises(TKPOError) as error:
-        PromptFlipper(qwen_tokenizer, axis)
-    for part in ("merges", "'formal'", "(formal", "(en)"):
-        assert part in str(error.value)
-    PromptFlipper(tiny_tokenizer, axis)  # one token a byte merges nothing
+    for text in ("Outline, tone(formal).", "Outline, tone(Formal).\nA casual and friendly sea.", "tone[formal]"):
+        assert flip(tokenizer, axis, text) == chat(tokenizer, axis.flip_text(text)[0])
+
+
+CASES = json.loads((Path(__file__).parent / "cases" / "attribute-forms.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("record", CASES, ids=[case["instruction"].strip() for case in CASES])
+def test_the_attribute_flips_in_every_form_it_is_written_in(tokenizer, record):
+    swap = {"Literary": "Objective", "LITERARY": "OBJECTIVE", "literary": "objective", "文学诗意": "真实客观"}
+    old = next(word for word in swap if word in record["instruction"])
+    text = user_message(record)
+    assert flip(tokenizer, get_axis("language_style"), text) == chat(tokenizer, text.replace(old, swap[old], 1))
+
+
+@pytest.mark.parametrize("text", ["Be literary.", "[literary]", "要求：文学诗意。", "A jury.\nliterary"])
+def test_tokens_that_are_not_the_tokenizers_own_are_flipped_in_place(qwen_tokenizer, text):
+    """A prompt split into other tokens, as after a prefix that was read before: only the phrase's own change."""
+    axis = get_axis("language_style")
+    start = encode(qwen_tokenizer, "ou") + encode(qwen_tokenizer, "tline ")  # "outline" in two other tokens
+    assert start != encode(qwen_tokenizer, "outline ")
+    ids = start + encode(qwen_tokenizer, text)
+    flipped = PromptFlipper(qwen_tokenizer, axis).flip_ids(ids, len(ids))
+    assert flipped[: len(start)] == start
+    assert qwen_tokenizer.decode(flipped) == "outline " + axis.flip_text(text)[0]
+
+
+def test_of_several_turns_the_last_with_a_phrase_is_flipped(tokenizer):
+    """Two responses, both with labels: the attribute may stand in any of the user's turns."""
+    flipper = PromptFlipper(tokenizer, get_axis("language_style"))
+    turns = [("Be objective.", "1. A literary A"), ("Be literary!", "1. B"), ("Again, longer.", "1. C")]
+
+    def row(asked):
+        ids, labels = [], []
+        for question, (_, answer) in zip(asked, turns, strict=True):
+            for text, trained in ((question, False), (answer, True)):
+                part = encode(tokenizer, text + "\n")
+                ids += part
+                labels += part if trained else [IGNORE_INDEX] * len(part)
+        return ids, labels
+
+    asked = [question for question, _ in turns]
+    assert flipper.flip_row(*row(asked)) == row([asked[0], "Be objective!", asked[2]])
+    assert flipper.flip_row(*row([asked[0], "More.", asked[2]])) == row(["Be literary.", "More.", asked[2]])
+    with pytest.raises(TKPOError, match="r9: no attribute phrase"):
+        flipper.flip_row(*row(["Hello.", "More.", "Again."]), "r9")
 
 
 # ---- batches

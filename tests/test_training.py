@@ -1,7 +1,5 @@
 """TKPOTrainer: what it encodes, logs, evaluates, and that a step is the step of the whole batch."""
 
-import logging
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -114,28 +112,8 @@ def test_without_flipper_rows_have_no_flipped_columns(tiny_tokenizer, samples):
     assert set(TKPOCollator(0)(list(rows))) == {"input_ids", "attention_mask", "labels"}
 
 
-def test_responses_are_cut_on_the_right(tiny_tokenizer, samples):
-    flipper = PromptFlipper(tiny_tokenizer, get_axis("language_style"))
-    row = encode_dataset([samples[0].record], tiny_tokenizer, flipper, len(samples[0].prompt) + 3)[0]
-    assert row["input_ids"] == samples[0].prompt + samples[0].response[:3]
-    assert row["flipped_input_ids"] == samples[0].flipped + samples[0].response[:3]
-    assert row["flipped_labels"][-3:] == row["labels"][-3:] == samples[0].response[:3]
-
-
-def test_records_cut_to_nothing_are_skipped_with_a_warning(make_trainer, samples, caplog):
-    lengths = [len(s.prompt) for s in samples]
-    longest = max(range(len(samples)), key=lambda i: lengths[i])
-    records = [{**s.record, "id": f"r{i}"} for i, s in enumerate(samples)]
-    with caplog.at_level(logging.WARNING, logger="tkpo.training"):
-        trainer = make_trainer(records, max_length=lengths[longest])
-    assert len(trainer.train_dataset) == len(samples) - 1
-    warning = next(r.getMessage() for r in caplog.records if r.name == "tkpo.encoding")
-    for part in ("1 of 4 records", f"record {longest + 1} (r{longest})", f"max_length {lengths[longest]}"):
-        assert part in warning
-
-
-def test_all_records_cut_is_an_error(make_trainer):
-    with pytest.raises(TKPOError, match="max_length 20"):
+def test_a_record_that_cannot_fit_is_an_error(make_trainer):
+    with pytest.raises(TKPOError, match=r"record 1: does not fit in max_length 20: .* max_length of \d+ takes it"):
         make_trainer(max_length=20)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -17,6 +18,20 @@ from tkpo.errors import TKPOError
 
 LANGUAGES = ("en", "zh")
 DEFAULT_TABLE = Path(__file__).parent / "configs" / "axes.yaml"
+
+
+class Found(NamedTuple):
+    """An attribute phrase in a text: which, in what language, and its characters."""
+
+    attribute: str
+    lang: str
+    start: int
+    end: int
+
+    def inside(self, other: Found) -> bool:
+        """Whether another phrase holds this one and more."""
+        wider = other.end - other.start > self.end - self.start
+        return wider and other.start <= self.start and self.end <= other.end
 
 
 @dataclass(frozen=True)
@@ -57,37 +72,76 @@ class Axis:
         return instructions[lang].replace("{attribute}", self.phrases[attribute][lang])
 
     def find(self, text: str) -> tuple[str, str] | None:
-        """(attribute, language) whose phrase stands first in `text`, or None. The longest phrase wins a tie.
+        """(attribute, language) of the phrase that `locate` finds in `text`, or None."""
+        found = self.locate(text)
+        return (found.attribute, found.lang) if found else None
 
-        English phrases match whole words in any case.
+    def locate(self, text: str) -> Found | None:
+        """The attribute phrase that `text` asks in, or None.
+
+        It is the one that stands where an instruction of the table has it (in the whole instruction, or after its last
+        words, as in "Requirement: …"), else the last one in the text. English phrases match whole words in any case.
         """
-        best = None
+        for patterns, pick_last in self._passes:
+            found = [
+                Found(attribute, lang, *match.span("phrase"))
+                for attribute, lang, pattern in patterns
+                for match in pattern.finditer(text)
+            ]
+            whole = [f for f in found if not any(f.inside(other) for other in found)]
+            if whole:
+                return (max if pick_last else min)(whole, key=lambda f: f.start)
+        return None
+
+    @cached_property
+    def _passes(self) -> list[tuple[list[tuple[str, str, re.Pattern]], bool]]:
+        """(patterns of (attribute, language, expression), whether the last hit counts) of each way to look."""
+        following, leading, anchored, loose = [], [], [], []
         for attribute in self.flip:
-            for lang, phrase in self.phrases[attribute].items():
-                match = re.search(_phrase_pattern(phrase), text)
-                if match and (best is None or (match.start(), -len(phrase)) < best[0]):
-                    best = ((match.start(), -len(phrase)), (attribute, lang))
-        return best[1] if best else None
+            for lang, words in self.phrases[attribute].items():
+                phrase = _phrase_pattern(words)
+                for templates, found in ((self.instructions_after, following), (self.instructions, leading)):
+                    if lang not in templates:
+                        continue
+                    before, after = templates[lang].strip().split("{attribute}")
+                    found.append((attribute, lang, re.compile(re.escape(before) + phrase + re.escape(after))))
+                    word = r"(?<!\w)" if before.isascii() else ""
+                    if anchor := re.split(r"[.。!?！？\n]", before)[-1].strip():
+                        anchored.append((attribute, lang, re.compile(rf"{word}(?i:{re.escape(anchor)})\W*?{phrase}")))
+                loose.append((attribute, lang, re.compile(phrase)))
+        return [(following, True), (leading, False), (anchored, False), (loose, True)]
+
+    def replace(self, text: str, found: Found) -> str:
+        """`text` with the phrase `found` in it replaced by its flip's, in the case that it is written in."""
+        replacement = self.phrases[self.flip[found.attribute]][found.lang]
+        written = text[found.start : found.end]
+        as_given = written == self.phrases[found.attribute][found.lang]
+        if written.isupper() and not as_given:
+            replacement = replacement.upper()
+        elif written[0].isupper() and not as_given:
+            replacement = replacement[0].upper() + replacement[1:]
+        return text[: found.start] + replacement + text[found.end :]
 
     def flip_text(self, text: str) -> tuple[str, str, str]:
-        """Replace the first attribute phrase in `text` by its flip's.
+        """Replace the attribute phrase in `text` by its flip's.
 
         Returns (flipped text, attribute, flipped attribute); TKPOError if no phrase is found.
         """
-        found = self.find(text)
+        found = self.locate(text)
         if not found:
-            known = ", ".join(p for a in self.flip for p in self.phrases[a].values())
-            raise TKPOError(f"no attribute phrase of axis {self.name} ({known}) in {text[:120]!r}")
-        attribute, lang = found
-        other = self.flip[attribute]
-        replacement = self.phrases[other][lang]
-        flipped = re.sub(_phrase_pattern(self.phrases[attribute][lang]), lambda _: replacement, text, count=1)
-        return flipped, attribute, other
+            raise TKPOError(self.missing(text))
+        return self.replace(text, found), found.attribute, self.flip[found.attribute]
+
+    def missing(self, text: str) -> str:
+        """What to say of a text without an attribute phrase."""
+        known = ", ".join(p for a in self.flip for p in self.phrases[a].values())
+        return f"no attribute phrase of axis {self.name} ({known}) in {text[:120]!r}"
 
 
 def _phrase_pattern(phrase: str) -> str:
+    """An expression with the group `phrase`."""
     escaped = re.escape(phrase)
-    return rf"(?i)(?<!\w){escaped}(?!\w)" if phrase.isascii() else escaped
+    return rf"(?P<phrase>(?<!\w)(?i:{escaped})(?!\w))" if phrase.isascii() else f"(?P<phrase>{escaped})"
 
 
 @lru_cache(maxsize=16)

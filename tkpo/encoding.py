@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import statistics
 from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from tkpo.data import user_message
-from tkpo.data.records import record_faults
+from tkpo.attributes import Axis
+from tkpo.data import annotate, as_records, flip_record
+from tkpo.data.fit import Fitted, encode_text, fit_prompt, prompt_text, response_text
 from tkpo.errors import TKPOError
 from tkpo.flip import PromptFlipper, pad_rows
 from tkpo.loss import IGNORE_INDEX
@@ -19,19 +21,25 @@ logger = logging.getLogger(__name__)
 
 
 def encode_record(record: dict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[list[int], int]:
-    """(token ids of prompt and response, length of the prompt) of an Alpaca record, in the chat template.
+    """(token ids of prompt and response, length of the prompt) of a record, in the chat template.
 
-    The response ends as the template ends an assistant's turn. Cut on the right to `max_length` tokens.
+    The response ends as the template ends an assistant's turn. Where both have more than `max_length` tokens, the tail
+    of the article is cut (`fit_prompt`); TKPOError says what length would do if that is not enough.
     """
-    messages = [{"role": "user", "content": user_message(record)}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    messages.append({"role": "assistant", "content": record["output"]})
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    if not whole.startswith(prompt):
-        raise TKPOError("this tokenizer's chat template does not put the response after the generation prompt")
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    response_ids = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
-    return (prompt_ids + response_ids)[:max_length], len(prompt_ids)
+    fitted, response = _fit(record, tokenizer, max_length)
+    return fitted.ids + response, len(fitted.ids)
+
+
+def _fit(record: dict, tokenizer, max_length: int, axes: list[Axis] | None = None) -> tuple[Fitted, list[int]]:
+    response = encode_text(response_text(record, tokenizer), tokenizer)
+    try:
+        return fit_prompt(record, tokenizer, max_length - len(response), axes), response
+    except TKPOError as error:
+        whole = len(encode_text(prompt_text(record, tokenizer), tokenizer)) + len(response)
+        raise TKPOError(
+            f"does not fit in max_length {max_length}: its response has {len(response)} tokens and {error}. "
+            f"A max_length of {whole} takes it whole"
+        ) from error
 
 
 def encode_dataset(
@@ -39,32 +47,45 @@ def encode_dataset(
 ) -> Dataset:
     """Records → `input_ids`, `labels` and, with a flipper, `flipped_input_ids`, `flipped_labels`.
 
-    A record whose response is cut to nothing by `max_length` is left out with a warning; TKPOError names the
-    record whose prompt has no attribute phrase, or says that no record is left.
+    Articles are cut where a sample would be longer than `max_length`; one line of the log says how many and by how
+    much. The flipped prompt is the text of the true one, cut as it is, with the attribute flipped.
+
+    records: of any shape that `as_records` takes.
+    tokenizer: with a chat template.
+    flipper: with the axes of the records; None: no flipped prompts.
+    max_length: tokens of prompt and response.
+
+    Raises:
+        TKPOError: names a record that cannot be used, that has no attribute phrase, or that does not fit even with no
+            article left.
     """
-    rows, cut = [], []
-    for number, record in enumerate(records, 1):
-        name = f"record {number}" + (f" ({record['id']})" if record.get("id") else "")
-        if fault := next(record_faults(record, pairs=False), None):
-            raise TKPOError(f"{name}: {fault}")
-        ids, prompt_length = encode_record(record, tokenizer, max_length)
-        if len(ids) <= prompt_length:
-            cut.append(name)
-            continue
-        response = ids[prompt_length:]
-        row = {"input_ids": ids, "labels": [IGNORE_INDEX] * prompt_length + response}
+    records = as_records(records)
+    names = [f"record {i}" + (f" ({r['id']})" if r.get("id") else "") for i, r in enumerate(records, 1)]
+    axes = list(flipper.axes.values()) if flipper else None
+    if flipper:
+        records = annotate(records, flipper.axes, names)
+    rows, cuts = [], []
+    for name, record in zip(names, records, strict=True):
+        try:
+            fitted, response = _fit(record, tokenizer, max_length, axes)
+        except TKPOError as error:
+            raise TKPOError(f"{name}: {error}") from error
+        cuts += [fitted.cut] if fitted.cut else []
+        row = {"input_ids": fitted.ids + response, "labels": [IGNORE_INDEX] * len(fitted.ids) + response}
         if flipper:
-            flipped = flipper.flip_ids(ids, prompt_length, name, record.get("axis"))
-            row["flipped_input_ids"] = flipped
-            row["flipped_labels"] = [IGNORE_INDEX] * (len(flipped) - len(response)) + response
+            flipped = encode_text(
+                prompt_text(flip_record(fitted.record, flipper.axes[record["axis"]]), tokenizer), tokenizer
+            )
+            row["flipped_input_ids"] = flipped + response
+            row["flipped_labels"] = [IGNORE_INDEX] * len(flipped) + response
         rows.append(row)
-    if cut:
+    if cuts:
         logger.warning(
-            "%d of %d records have no response left within max_length %d and are skipped: %s",
-            *(len(cut), len(cut) + len(rows), max_length, ", ".join(cut[:5]) + (", …" if len(cut) > 5 else "")),
+            "%d of %d records are longer than max_length %d: their articles were cut by %d to %d tokens (median %d)",
+            *(len(cuts), len(rows), max_length, min(cuts), max(cuts), statistics.median(cuts)),
         )
     if not rows:
-        raise TKPOError(f"no record has a response token within max_length {max_length}: raise it")
+        raise TKPOError("no records to encode")
     return Dataset.from_list(rows)
 
 

@@ -91,7 +91,7 @@ class RunConfig:
     )
     scheduler: str = _option("cosine", "learning rate schedule", choices=SCHEDULERS)
     warmup: float = _option(0.05, "share of the steps with rising learning rate, 0 to 1", least=0, most=1)
-    max_length: int = _option(1024, "tokens at which a sample is cut", least=1)
+    max_length: int = _option(4096, "tokens of prompt and response; longer articles are cut", least=1)
     seed: int = _option(0, "seed of sample order, adapter and draws", least=0, most=2**32 - 1)
     dtype: str = _option("auto", "dtype of the base model", choices=DTYPES)
     device: str | None = _option(None, "cpu, cuda (cuda:1, …) or mps; default: a GPU if there is one, else cpu")

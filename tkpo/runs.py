@@ -25,7 +25,7 @@ from transformers.trainer_utils import SaveStrategy
 from tkpo.adapters import adapter_folder, save_adapter
 from tkpo.attributes import get_axes
 from tkpo.callbacks import LogFile
-from tkpo.data import annotate, arrange, balanced_subset, load_records, sample_order
+from tkpo.data import arrange, balanced_subset, load_records, sample_order
 from tkpo.distributed import join, parameter_count, precision, whole_state
 from tkpo.encoding import encode_dataset
 from tkpo.environment import environment, peak_memory_mib
@@ -188,8 +188,7 @@ def _metrics(trainer, seconds: float, done: int) -> dict:
 def _training_records(config: RunConfig, split: str = "train") -> list[dict]:
     axes = get_axes(config.axis, config.axes_file)
     pairs = config.method in PAIRWISE and split == "train"
-    records = load_records(config.dataset, split, config.lang, pairs, config.data_dir)
-    records = annotate(records, axes)
+    records = load_records(config.dataset, split, config.lang, pairs, config.data_dir, axes)
     if config.max_articles and split == "train":
         records = balanced_subset(records, config.max_articles)
     most = config.max_samples if split == "train" else config.eval_samples

@@ -57,7 +57,7 @@ class TKPOConfig(TrainingArguments):
     share_prefix: bool = field(
         default=False, metadata={"help": "read what samples have in common (an article, for all its styles) once"}
     )
-    max_length: int = field(default=1024, metadata={"help": "samples are cut to so many tokens"})
+    max_length: int = field(default=4096, metadata={"help": "samples are cut to so many tokens"})
     chunk_size: int = field(default=CHUNK_SIZE, metadata={"help": "response positions whose logits exist at a time"})
 
     def settings(self, tokenizer: PreTrainedTokenizerBase) -> TKPOSettings:

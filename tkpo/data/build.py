@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tkpo.attributes import LANGUAGES, Axis, load_axes
 from tkpo.data.check import check_file
+from tkpo.data.files import entry_name, read_rows
 from tkpo.data.prompts import make_record
-from tkpo.data.records import entry_name, read_rows
 from tkpo.data.subsets import corpus_length
 from tkpo.errors import TKPOError
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tkpo.attributes import LANGUAGES
-from tkpo.data.records import read_info, read_rows, record_faults
+from tkpo.data.files import read_info, read_rows
+from tkpo.data.shapes import record_faults
 from tkpo.data.subsets import corpus_length
 from tkpo.errors import TKPOError
 from tkpo.outline import obeys_detail, parse

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tkpo.attributes import Axis, detect_language
+from tkpo.attributes import Axis, Found, detect_language
 from tkpo.errors import TKPOError
 
 INSTRUCTION_FIRST, ARTICLE_FIRST = PROMPT_ORDERS = ("instruction_first", "article_first")
@@ -39,6 +39,54 @@ def make_record(axis: Axis, attribute: str, topic: str, document: str | None = N
         "attribute": attribute,
         "form": "article" if document else "topic",
     }
+
+
+def chat_messages(record: dict, output: str | None = None) -> list[dict[str, str]]:
+    """A record as the turns of a chat: system, earlier turns, the user's message and, if given, the response."""
+    turns = [("system", record["system"])] if record.get("system") else []
+    for asked, answered in record.get("history") or ():
+        turns += [("user", asked), ("assistant", answered)]
+    turns.append(("user", user_message(record)))
+    turns += [] if output is None else [("assistant", output)]
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def find_attribute(record: dict, axis: Axis) -> Found | None:
+    """The attribute that a record's prompt asks for, or None.
+
+    It is looked for in the instruction, then in the input, then in the earlier turns of the user from the last to the
+    first, then in the system turn; within a text by `Axis.locate`.
+    """
+    place = attribute_place(record, axis)
+    return place[1] if place else None
+
+
+def flip_record(record: dict, axis: Axis) -> dict:
+    """The record with the attribute phrase of its prompt replaced by its flip's, in the case it is written in.
+
+    TKPOError if its prompt has none.
+    """
+    place = attribute_place(record, axis)
+    if place is None:
+        raise TKPOError(axis.missing(user_message(record)))
+    (key, turn), found = place
+    if turn is None:
+        return {**record, key: axis.replace(record[key], found)}
+    history = [list(pair) for pair in record["history"]]
+    history[turn][0] = axis.replace(history[turn][0], found)
+    return {**record, "history": history}
+
+
+def attribute_place(record: dict, axis: Axis) -> tuple[tuple[str, int | None], Found] | None:
+    """((field, turn of the history or None), the phrase there) of the attribute in a record."""
+    history = record.get("history") or []
+    texts = [(("instruction", None), record["instruction"]), (("input", None), record.get("input"))]
+    texts += [(("history", turn), history[turn][0]) for turn in reversed(range(len(history)))]
+    texts.append((("system", None), record.get("system")))
+    for place, text in texts:
+        if text and (found := axis.locate(text)):
+            return place, found
+    return None
 
 
 def arrange(record: dict, axis: Axis, prompt_order: str) -> dict:

@@ -1,59 +1,56 @@
-"""Read data sets and files into records."""
+"""Records: whatever enters, a file or rows in memory, read by the same rules and checks."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from tkpo.attributes import LANGUAGES, Axis
-from tkpo.data.prompts import user_message
+from tkpo.data.files import data_dir, entry_name, read_info, read_rows
+from tkpo.data.prompts import find_attribute
+from tkpo.data.shapes import record_faults, to_alpaca
 from tkpo.errors import TKPOError
 
+PROMPT_FIELDS = ("system", "history", "instruction", "input", "prompt_order")
 
-def read_rows(path: str | Path) -> list[dict]:
-    """Rows of a JSON array or JSON Lines file; TKPOError names the file and the record that is broken."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise TKPOError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise TKPOError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise TKPOError(f"{path} is not valid JSON: {error}") from error
-    else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028 inside a text
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError as error:
-                    raise TKPOError(f"{path}, line {number}: not valid JSON: {error}") from error
+
+def as_records(rows: Iterable[dict], pairs: bool = False, where: str = "", needs_output: bool = True) -> list[dict]:
+    """Rows of any shape (`tkpo.data.shapes`) as records: Alpaca's fields, `input` always text, no nulls.
+
+    rows: a list of dicts or a datasets.Dataset, in which a null means that the row lacks the field.
+    pairs: whether the rows have `chosen` and `rejected` in place of `output`.
+    where: stands before the record's number in errors, e.g. "file.json, ".
+    needs_output: False for prompts alone.
+
+    Raises:
+        TKPOError: names the first record that cannot be used and its fault.
+    """
+    rows_of_table = not isinstance(rows, (list, tuple))
+    records = []
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise TKPOError(f"{path}, record {number}: expected an object, found {type(row).__name__}")
-    return rows
-
-
-def data_dir(path: str | Path | None = None) -> Path:
-    """The folder of the built data sets: `path`, ./data, or data/ beside the package."""
-    candidates = [Path(path)] if path else [Path("data"), Path(__file__).parents[2] / "data"]
-    for candidate in candidates:
-        if (candidate / "dataset_info.json").is_file():
-            return candidate
-    raise TKPOError(
-        f"no dataset_info.json in {' or '.join(str(c) for c in candidates)}: "
-        "give --data-dir, or build the data sets with `tkpo data build --corpus DIR --out DIR`"
-    )
+            raise TKPOError(f"{where}record {number}: expected an object, found {type(row).__name__}")
+        if rows_of_table:
+            row = {key: value for key, value in row.items() if value is not None}
+        if fault := next(record_faults(row, pairs, needs_output), None):
+            raise TKPOError(f"{where}record {number}: {fault}")
+        row = to_alpaca(row, needs_output)
+        optional = ("id", "system", "history")
+        kept = {key: value for key, value in row.items() if key not in optional or value not in (None, "", [])}
+        records.append({**kept, "input": row.get("input") or ""})
+    return records
 
 
 def load_records(
-    dataset: str, split: str = "train", lang: str | None = None, pairs: bool = False, folder=None
+    dataset: str,
+    split: str = "train",
+    lang: str | None = None,
+    pairs: bool = False,
+    folder=None,
+    axes: Axis | dict[str, Axis] | None = None,
+    needs_output: bool = True,
 ) -> list[dict]:
     """Records of a data set, or of several together.
 
@@ -64,28 +61,33 @@ def load_records(
     lang: en, zh or None for both.
     pairs: the pairwise file for DPO.
     folder: where dataset_info.json is; default `data_dir()`.
+    axes: annotate the records on these axes (see `annotate`), with the file's name in errors.
+    needs_output: False for a file of prompts alone.
 
     Raises:
         TKPOError: with file, record and fault if a record cannot be used.
     """
     sets = [dataset] if Path(dataset).is_file() else [part.strip() for part in dataset.split(",")]
     files = [(path, name) for name in sets for path in _files(name, split, lang, pairs, folder)]
-    records, seen = [], {}
+    records, names, seen = [], [], {}
     for path, name in files:
-        rows = read_rows(path)
+        try:
+            rows = as_records(read_rows(path), pairs, f"{path}, ", needs_output)
+        except TKPOError as error:
+            hint = f" (`tkpo data check {path}` lists every fault)" if ", record " in str(error) else ""
+            raise TKPOError(f"{error}{hint}") from error
         for number, row in enumerate(rows, 1):
-            fault = next(iter(record_faults(row, pairs)), None)
-            if fault:
-                raise TKPOError(f"{path}, record {number}: {fault} (`tkpo data check {path}` lists every fault)")
-            output = row["chosen"] if pairs else row["output"]
-            if seen.setdefault((user_message(row), output), name) == name:
+            key = tuple(map(repr, (row.get(part) for part in (*PROMPT_FIELDS, "chosen" if pairs else "output"))))
+            if seen.setdefault(key, name) == name:
                 records.append(row)
+                names.append(f"{path}, record {number}")
     if lang:
-        records = [r for r in records if r.get("lang", lang) == lang]
+        kept = [i for i, row in enumerate(records) if row.get("lang", lang) == lang]
+        records, names = [records[i] for i in kept], [names[i] for i in kept]
     if not records:
         where = ", ".join(str(path) for path, _ in files)
         raise TKPOError(f"no records in {where}" + (f" in language {lang}" if lang else ""))
-    return records
+    return records if axes is None else annotate(records, axes, names)
 
 
 def _files(dataset: str, split: str, lang: str | None, pairs: bool, folder) -> list[Path]:
@@ -107,32 +109,54 @@ def _files(dataset: str, split: str, lang: str | None, pairs: bool, folder) -> l
     return [root / info[name]["file_name"] for name in names]
 
 
-def annotate(records: list[dict], axes: Axis | dict[str, Axis]) -> list[dict]:
+def annotate(records: list[dict], axes: Axis | dict[str, Axis], names: list[str] | None = None) -> list[dict]:
     """Records with `attribute`, `lang`, `form`, `id` and `axis` filled in where a file does not say them.
 
+    records: as `load_records` or `as_records` returns them.
     axes: the axis of all records, or several by name (`get_axes`): a record then says its own in `axis`, or gets the
         first one that has an attribute phrase in its text.
+    names: what errors call each record; default "record N".
+
+    Raises:
+        TKPOError: names a record without an attribute phrase, or whose `attribute` or `axis` is not what its prompt
+            asks for: the flip and the scores would be about different things.
     """
     axes = {axes.name: axes} if isinstance(axes, Axis) else axes
     done = []
     for number, record in enumerate(records, 1):
-        if len(axes) > 1 and record.get("axis", next(iter(axes))) not in axes:
-            raise TKPOError(f"record {number}: field 'axis' is {record['axis']!r}, not one of {', '.join(axes)}")
-        own = [axes[record["axis"]]] if record.get("axis") in axes else list(axes.values())
-        found = [
-            (a, record["attribute"], record["lang"]) for a in own if record.get("attribute") and record.get("lang")
-        ]
-        for text in (record["instruction"], user_message(record)):
-            found = found or [(a, *hit) for a in own if (hit := a.find(text))]
-        if not found:
-            raise TKPOError(
-                f"record {number}: no attribute phrase of axis {', '.join(a.name for a in own)} in its instruction "
-                f"{record['instruction'][:120]!r}"
-            )
-        axis, attribute, lang = found[0]
+        try:
+            axis, attribute, lang = _attribute(record, axes)
+        except ValueError as error:
+            raise TKPOError(f"{names[number - 1] if names else f'record {number}'}: {error}") from error
         extra = {"attribute": attribute, "lang": lang, "form": "article", "id": str(number), "axis": axis.name}
-        done.append({**extra, **record})
+        done.append({**extra, **{key: value for key, value in record.items() if value is not None}})
     return done
+
+
+def _attribute(record: dict, axes: dict[str, Axis]) -> tuple[Axis, str, str]:
+    """(axis, attribute, language) of a record; ValueError if it has none, or says another than its prompt does."""
+    said = record.get("attribute")
+    if record.get("axis") is not None and record["axis"] not in axes:
+        raise ValueError(f"field 'axis' is {record['axis']!r}, not {' or '.join(axes)}: choose the axis of this data")
+    own = [axes[record["axis"]]] if record.get("axis") else list(axes.values())
+    own = [axis for axis in own if said is None or said in axis.flip]
+    if not own:
+        known = "; ".join(f"{axis.name} has {', '.join(axis.flip)}" for axis in axes.values())
+        raise ValueError(f"field 'attribute' is {said!r}; axis {known}")
+    for axis in own:
+        if found := find_attribute(record, axis):
+            break
+    else:
+        known = ", ".join(dict.fromkeys(p for axis in own for words in axis.phrases.values() for p in words.values()))
+        raise ValueError(
+            f"no attribute phrase of axis {', '.join(axis.name for axis in own)} ({known}) in its prompt; the "
+            f"instruction is {record['instruction'][:120]!r}"
+        )
+    if said is not None and said != found.attribute:
+        raise ValueError(
+            f"field 'attribute' is {said!r}, but its prompt asks for {found.attribute!r}: correct or remove the field"
+        )
+    return axis, found.attribute, record.get("lang") or found.lang
 
 
 def record_key(record: dict) -> str:
@@ -145,32 +169,9 @@ def sample_order(record: dict) -> bytes:
     return hashlib.sha256(record_key(record).encode()).digest()
 
 
-def entry_name(dataset: str, lang: str, split: str, pairs: bool = False) -> str:
-    return f"{dataset}_{lang}_{split}" + ("_pairs" if pairs else "")
-
-
-def read_info(path: Path) -> dict:
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TKPOError(f"cannot read {path}: {error}") from error
-    if not isinstance(info, dict):
-        raise TKPOError(f"{path}: expected an object of data sets, found {type(info).__name__}")
-    return info
-
-
-def record_faults(row: dict, pairs: bool) -> Iterator[str]:
-    outputs = ("chosen", "rejected") if pairs else ("output",)
-    for key in ("instruction", *outputs):
-        if key not in row:
-            yield f"no field {key!r}"
-        elif not isinstance(row[key], str):
-            yield f"field {key!r} is {type(row[key]).__name__}, not text"
-        elif not row[key].strip():
-            yield f"field {key!r} is empty"
-    if not isinstance(row.get("input", ""), str):
-        yield f"field 'input' is {type(row['input']).__name__}, not text"
-    if pairs and row.get("chosen") is not None and row.get("chosen") == row.get("rejected"):
-        yield "chosen and rejected are the same text"
-    if row.get("lang", "en") not in LANGUAGES:
-        yield f"field 'lang' is {row['lang']!r}, not one of {', '.join(LANGUAGES)}"
+def records_digest(records: list[dict]) -> str:
+    """SHA-256 (hexadecimal) of all that records say, in their order: two lists with one digest are the same."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
