@@ -69,51 +69,136 @@ def _parser() -> argparse.ArgumentParser:
 def _add_generate(commands) -> None:
     p = commands.add_parser(
         "generate",
-        help="write outlines of a topic or article, by SFT, DPO and TKPO side by side",
-        description="Write outlines of a topic (and article) in one style, by several adapters in one batched pass.",
+        help="write outlines of a topic, an article or a file of documents, by several adapters side by side",
+        description="Write outlines of a topic (and article) in one style or several, by several adapters in one "
+        "batch; an article is read once for its styles. With --input: outlines of every document of a JSON Lines "
+        "file, resumed where an earlier call was cut off.",
     )
-    p.add_argument("--topic", help="what the outline is about; needed unless --article is given")
+    p.add_argument("--topic", help="what the outline is about; needed unless --article or --input is given")
     p.add_argument("--article", metavar="FILE", help="text file with the article; - reads standard input")
-    p.add_argument("--style", required=True, help="literary, objective, comprehensive, concise, or one of your axes")
+    p.add_argument(
+        "--style",
+        "--styles",
+        dest="styles",
+        nargs="+",
+        required=True,
+        metavar="STYLE",
+        help="literary, objective, comprehensive, concise, or one of your axes; several; or all",
+    )
     p.add_argument("--lang", choices=("en", "zh"), help="default: the language of topic and article")
     p.add_argument(
         "--adapters",
         nargs="+",
         metavar="NAME[=FOLDER]",
-        help="default: sft dpo tkpo as shipped, for the style's axis; NAME=FOLDER for your own; base: no adapter",
+        help="default: sft dpo tkpo as shipped, for the style's axis (tkpo with --input); NAME=FOLDER for your own; "
+        "base: no adapter",
     )
     p.add_argument("--axis", help="which axis's adapters to use for a style that is in two; default the first")
+    p.add_argument("--input", metavar="DOCS.jsonl", help="documents: an object per line with article, topic or both")
+    p.add_argument("--output", metavar="OUTLINES.jsonl", help="with --input: JSON Lines file to write")
+    p.add_argument("--restart", action="store_true", help="with --input: write the output anew")
+    p.add_argument("--batch-size", type=int, default=8, metavar="N", help="with --input: outlines at a time; default 8")
     _model_flags(p)
     _decoding_flags(p)
-    p.add_argument("--json", action="store_true", help="print one JSON object {adapter: outline}")
+    _engine_flags(p, "vllm")
+    p.add_argument(
+        "--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share the model under vllm; default 1"
+    )
+    p.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object {adapter: outline}, of several styles {style: {adapter: outline}}",
+    )
     p.set_defaults(run=_generate)
 
 
 def _generate(args) -> None:
-    from tkpo.attributes import axis_of, get_axis
+    decoding = _decoding(args)
+    if args.input:
+        _generate_bulk(args, decoding)
+        return
+    if args.output or args.restart:
+        raise TKPOError("--output and --restart belong to --input: without it outlines are printed")
+    from tkpo.bulk import topic_of
     from tkpo.data import make_record
 
     article = _read_article(args.article) if args.article else None
     topic = (args.topic or "").strip()
     if not topic and not article:
-        raise TKPOError("give --topic, --article or both: there is nothing to outline")
-    if not topic:
-        topic = article.strip().splitlines()[0][:80]
-    decoding = _decoding(args)
-    axis = get_axis(args.axis, args.axes_file) if args.axis else axis_of(args.style, args.axes_file)
-    record = make_record(axis, args.style, topic, article, args.lang)
-    folders = _adapters(args.adapters or ["sft", "dpo", "tkpo"], axis.name)
+        raise TKPOError("give --topic, --article, both, or --input: there is nothing to outline")
+    columns, folders = _columns(args, ["sft", "dpo", "tkpo"])
+    records = [make_record(c.axis, c.style, topic or topic_of(article), article, args.lang) for c in columns]
+    if args.engine == "vllm":
+        raise TKPOError("--engine vllm writes no stream: use it with --input")
+    generator = _generator(args, folders)
+    stream = generator.stream(records, [column.adapter for column in columns], **dataclasses.asdict(decoding))
+    several = len(args.styles) > 1 or args.styles == ["all"]
+    if not args.json:
+        _show([f"{c.style}, {c.label}" if several else c.label for c in columns], stream)
+        return
+    *_, texts = stream
+    found: dict[str, dict] = {}
+    for column, text in zip(columns, texts, strict=True):
+        found.setdefault(column.style, {})[column.label] = text
+    print(json.dumps(found if several else found[args.styles[0]], ensure_ascii=False, indent=2))
 
+
+def _generate_bulk(args, decoding) -> None:
+    from tkpo.bulk import Bulk
+
+    if not args.output or args.topic or args.article or args.lang or args.json:
+        raise TKPOError("--input needs --output, and goes without --topic, --article, --lang and --json")
+    if args.batch_size < 1 or args.tensor_parallel < 1:
+        raise TKPOError("--batch-size and --tensor-parallel must be at least 1")
+    columns, folders = _columns(args, ["tkpo"])
+    bulk = Bulk(Path(args.input), Path(args.output), columns, decoding, args.batch_size)
+    engine = _bulk_engine(args, folders, decoding)
+    counts = bulk.run(engine, args.restart)
+    print(f"{args.output}: {counts['written']} outlines written, {counts['kept']} there already")
+    if counts["rejected"]:
+        print(f"{bulk.rejected}: {counts['rejected']} rows that could not be used, each with the reason")
+
+
+def _bulk_engine(args, folders: dict[str, Path], decoding):
+    """The engine that --engine names; `auto` says which one it took."""
+    from tkpo.vllm_engine import VLLMEngine, why_not
+
+    reason = why_not(decoding)
+    if args.engine == "vllm" and reason:
+        raise TKPOError(f"--engine vllm: {reason}")
+    if args.engine == "vllm" or (args.engine == "auto" and not reason):
+        options = {"axes_file": args.axes_file, "base_prompt_order": args.prompt_order}
+        engine = VLLMEngine(args.model, folders, args.dtype, tensor_parallel=args.tensor_parallel, **options)
+    else:
+        engine = _generator(args, folders)
+    if args.engine == "auto":
+        print(f"engine: {engine.engine}" + (f" ({reason})" if reason else ""), file=sys.stderr)
+    return engine
+
+
+def _columns(args, methods: list[str]) -> tuple[list, dict[str, Path]]:
+    """(one `tkpo.bulk.Column` per style and adapter, {the generator's name of an adapter: its folder})."""
+    from tkpo.attributes import axis_of, get_axis, load_axes
+    from tkpo.bulk import Column
     from tkpo.generation import BASE
 
-    generator = _generator(args, {name: folder for name, folder in folders.items() if name != BASE})
-    names = list(folders)
-    stream = generator.stream([record] * len(names), names, **dataclasses.asdict(decoding))
-    if args.json:
-        *_, texts = stream
-        print(json.dumps(dict(zip(names, texts, strict=True)), ensure_ascii=False, indent=2))
-    else:
-        _show(names, stream)
+    styles = args.styles
+    if "all" in styles:
+        axes = [get_axis(args.axis, args.axes_file)] if args.axis else load_axes(args.axes_file).values()
+        styles = [attribute for axis in axes for attribute in axis.attributes]
+    columns, names = [], {}
+    for style in dict.fromkeys(styles):
+        axis = get_axis(args.axis, args.axes_file) if args.axis else axis_of(style, args.axes_file)
+        axis.instruction(style, next(iter(axis.phrases.get(style, {"en": ""}))))  # refuses a style of another axis
+        for label, folder in _adapters(args.adapters or methods, axis.name).items():
+            # Shipped adapters of one method differ between axes; the same folder is loaded once.
+            name = (
+                BASE
+                if folder is None
+                else names.setdefault(folder, label if label not in names.values() else f"{label}-{axis.name}")
+            )
+            columns.append(Column(style, axis, name, label))
+    return columns, {name: folder for folder, name in names.items()}
 
 
 def _read_article(path: str) -> str:
@@ -291,6 +376,7 @@ def _add_evaluate(commands) -> None:
     _model_flags(p)
     p.add_argument("--batch-size", type=int, default=8, metavar="N", help="default 8")
     _decoding_flags(p)
+    _engine_flags(p)
     p.set_defaults(run=_evaluate)
 
 
@@ -396,6 +482,9 @@ def _decoding_flags(p) -> None:
         metavar="G",
         help="flip-guided decoding: 0 (default) is off, up to 2 is sensible; costs a second row per outline",
     )
+
+
+def _engine_flags(p, *more: str) -> None:
     p.add_argument(
         "--prompt-order",
         choices=("instruction_first", "article_first"),
@@ -404,9 +493,11 @@ def _decoding_flags(p) -> None:
     )
     p.add_argument(
         "--engine",
-        choices=("auto", "decoder", "transformers"),
+        choices=("auto", "decoder", "transformers", *more),
         default="auto",
-        help="decoder: the project's own, for Qwen2 in float32 on a CPU; default auto: the first that fits",
+        help="decoder: the project's own, for Qwen2 in float32 on a CPU"
+        + ("; vllm: on GPUs, for --input" if more else "")
+        + "; default auto: the best that fits",
     )
 
 
