@@ -30,16 +30,20 @@ pytest.importorskip("deepspeed", reason="needs: bash install.sh deepspeed")
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
 TOPICS = ("Moss after rain", "A clock in the attic", "Why bread rises", "The night bus")
 # name: method, model, what differs. Each is run by two processes under a stage, and by one without DeepSpeed.
+SHARED = {"prompt_order": "article_first", "share_prefix": True, "micro_batch_size": 2}
 RUNS = {
     "tkpo": {"method": "tkpo"},
     "sft": {"method": "sft"},
     "lora": {"method": "tkpo", "finetuning": "lora", "gradient_checkpointing": True},
+    "shared": {"method": "tkpo", **SHARED},
+    "contrast": {"method": "contrast", **SHARED},
     "tied": {"method": "tkpo", "model": "TIED", "gradient_checkpointing": True},
 }
 CASES = [
     *(("tkpo", stage) for stage in ("zero0", "zero2", "zero3", "zero3-offload")),
     *(("sft", stage) for stage in ("zero0", "zero2", "zero3", "zero3-offload")),
     *(("lora", stage) for stage in ("zero2", "zero3")),
+    *((name, stage) for name in ("shared", "contrast") for stage in ("zero2", "zero3")),
     ("tied", "zero3"),
 ]
 
@@ -166,7 +170,8 @@ def weights(folder):
 @pytest.mark.parametrize(("name", "stage"), CASES)
 def test_two_processes_follow_the_curve_of_one(two_processes, one_process, name, stage):
     ours, theirs = two_processes / f"2-{name}-{stage}", one_process(name)
-    keys = ["loss", "cross_entropy"] + (["preference", "reward", "accuracy"] if name != "sft" else [])
+    keys = ["loss", "cross_entropy"]
+    keys += {"sft": [], "contrast": ["contrast"]}.get(name, ["preference", "reward", "accuracy"])
     keys += ["grad_norm"] if stage != "zero0" else []  # which does not say it
     expected = curve(theirs, *keys)
     assert len(expected) == 4 and expected[-1][0] < expected[0][0]

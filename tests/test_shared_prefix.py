@@ -181,6 +181,13 @@ def test_a_common_system_prompt_makes_no_group():
     assert group_by_prefix(rows, 4) == [[0], [1], [2]]
 
 
+def test_samples_that_share_most_are_joined_first():
+    """Two topics under a long common head: each topic's three styles, not the first four samples in order."""
+    head, topics = list(range(100, 140)), ([1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8, 9])
+    rows = [sample([*head, *topic, 50 + style, 60], [70]) for topic in topics for style in range(3)]
+    assert group_by_prefix(rows, 4) == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_the_same_prompt_with_several_responses_is_a_group():
     prompt = list(range(10))
     rows = [sample(prompt, [20 + i]) for i in range(3)]

@@ -8,6 +8,8 @@ are those of separate rows (the idea: arXiv 2410.20305, for pairs). Flipped bran
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -22,26 +24,25 @@ MIN_SHARE = 0.5  # samples are grouped where at least so much of their prompts i
 
 
 def group_by_prefix(samples: list[dict], most: int) -> list[list[int]]:
-    """Numbers of the samples that share their leading tokens, at most `most` a group, in the samples' order.
+    """Numbers of the samples that share their leading tokens, at most `most` per group, in the samples' order.
 
-    samples: rows with `input_ids` and `labels`. Two samples belong together where at least half of either prompt is
-    alike, whatever it holds: nothing is known of articles here.
+    samples: rows with `input_ids` and `labels`. Those that share most are joined first, and only where that saves
+    tokens and at least half of every prompt is alike, whatever it holds: nothing is known of articles here.
     """
     order = sorted(range(len(samples)), key=lambda i: samples[i]["input_ids"])
-    groups: list[list[int]] = []
-    shared = 0
-    for i in order:
-        ids = samples[i]["input_ids"]
-        if groups:
-            first = groups[-1][0]
-            alike = min(shared, _alike(samples[first]["input_ids"], ids))
-            if len(groups[-1]) < most and alike >= MIN_SHARE * max(_prompt_length(samples[j]) for j in (first, i)):
-                groups[-1].append(i)
-                shared = alike
-                continue
-        groups.append([i])
-        shared = len(ids)
-    return sorted((sorted(group) for group in groups), key=lambda group: group[0])
+    alike = [_alike(samples[i]["input_ids"], samples[j]["input_ids"]) for i, j in itertools.pairwise(order)]
+    group_of = {place: [place] for place in range(len(order))}
+    prefix_of = dict.fromkeys(group_of, 0)  # by a group's first place; not read for a group of one
+    for place in sorted(range(len(alike)), key=lambda place: -alike[place]):
+        left, right, shared = group_of[place], group_of[place + 1], alike[place]
+        saved = sum((len(group) - 1) * prefix_of[group[0]] for group in (left, right))
+        joined = left + right
+        longest = max(_prompt_length(samples[order[i]]) for i in joined)
+        if len(joined) <= most and shared >= MIN_SHARE * longest and (len(joined) - 1) * shared > saved:
+            group_of.update(dict.fromkeys(joined, joined))
+            prefix_of[joined[0]] = shared
+    groups = {group[0]: sorted(order[i] for i in group) for group in group_of.values()}
+    return sorted(groups.values())
 
 
 def shared_length(samples: list[dict]) -> int:
