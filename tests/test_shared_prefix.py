@@ -120,6 +120,21 @@ def test_gradient_checkpointing_reads_the_prefixes_anew_and_gives_the_same(artic
     assert_same(run(checkpointed, collate([groups])), run(model(METHODS[method]), collate([groups])), 1e-9)
 
 
+def test_on_a_cpu_prefixes_and_branches_are_attended_apart(articles, model, monkeypatch):
+    """No product between two branches or two articles is computed."""
+    model, sizes, plain = model(SFT), [], torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query, key, *args, **kwargs):
+        sizes.append((query.shape[2], key.shape[2]))
+        return plain(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    model(**collate([without_flips(articles[1:2])]))
+    prefix, *tails = 9, *(len(row["input_ids"]) - 9 for row in articles[1])
+    layer = [(prefix, prefix), *((tail, prefix + tail) for tail in tails)]
+    assert sizes == layer * 2
+
+
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 def test_other_attentions_take_the_mask(articles, model, attention):
     """FlexAttention has no backward pass on a CPU and no float64: its losses alone, in float32."""

@@ -21,8 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tkpo.errors import TKPOError
 from tkpo.loss import IGNORE_INDEX, TKPOLoss, fused_reject_tokens, tkpo_loss
 from tkpo.settings import TKPOSettings
-from tkpo.shared_prefix import attention_mask as tree_attention_mask
-from tkpo.shared_prefix import check_attention
+from tkpo.tree_attention import check_attention, is_checkpointed, tree_attention
 
 OWN_KEYWORDS = ("flipped_input_ids", "flipped_attention_mask", "flipped_labels", "num_sequences")
 TREE_KEYWORDS = ("article_ids", "branch_ids", "flipped_position_ids", "flipped_article_ids", "flipped_branch_ids")
@@ -282,8 +281,7 @@ class _Passes:
 
     def keeps(self) -> bool:
         """Whether keys and values of the true pass can be kept: all of them, in every layer."""
-        checkpointed = self.model.training and getattr(self.model, "is_gradient_checkpointing", False)
-        return not checkpointed and has_full_attention(self.model)
+        return not (self.model.training and is_checkpointed(self.model)) and has_full_attention(self.model)
 
     def new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.decoder.config)
@@ -343,8 +341,8 @@ class _Tree(_Passes):
             )
         ids = self.own["article_ids"][0], self.own["branch_ids"][0]
         cache = self.new_cache() if self.settings.flips and self.keeps() else None
-        mask = tree_attention_mask(self.model, ids, ids)
-        outputs = self.run(cache, input_ids=input_ids, attention_mask=mask, **kwargs)
+        with tree_attention(self.model, ids, ids) as attention:
+            outputs = self.run(cache, input_ids=input_ids, **attention, **kwargs)
         flipped = None
         if self.settings.flips:
             flipped = (
@@ -366,9 +364,8 @@ class _Tree(_Passes):
             queries = keys
             true = {"input_ids": input_ids, "position_ids": position_ids}
             inputs = {name: torch.cat([true[name][:, prefix], value], dim=1) for name, value in inputs.items()}
-        mask = tree_attention_mask(self.model, queries, keys)
-        with self.grad():
-            states = self.run(cache, attention_mask=mask, **inputs).last_hidden_state
+        with self.grad(), tree_attention(self.model, queries, keys) as attention:
+            states = self.run(cache, **attention, **inputs).last_hidden_state
         return states if cache is not None else states[:, len(prefix) :]
 
 

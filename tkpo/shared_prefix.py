@@ -17,7 +17,6 @@ from torch.utils.data import Dataset
 from tkpo.errors import TKPOError
 from tkpo.loss import IGNORE_INDEX
 
-BLOCK = 128  # FlexAttention's block size
 MIN_SHARE = 0.5  # samples are grouped where at least so much of their prompts is alike
 
 # ---- grouping ------------------------------------------------------------------------------------------
@@ -125,55 +124,3 @@ def collate(batches: list[list[list[dict]]]) -> dict[str, Tensor]:
                 own = sample[f"{prefix}input_ids"][shared:], sample[f"{prefix}labels"][shared:]
                 add(prefix, *own, shared, article, branch)
     return {name: torch.tensor([values]) for name, values in columns.items()}
-
-
-# ---- attention -----------------------------------------------------------------------------------------
-
-
-def check_attention(model) -> None:
-    """TKPOError if the model's attention cannot take the mask."""
-    kind = model.config._attn_implementation
-    if kind not in ("sdpa", "eager", "flex_attention"):
-        raise TKPOError(
-            "share_prefix needs an attention that takes any mask: attn_implementation sdpa (CPU), flex_attention (GPU) "
-            f"or eager, not {kind}"
-        )
-
-
-def attention_mask(model, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]):
-    """The mask of `queries` over `keys`, as the model's attention takes it.
-
-    queries, keys: (article numbers, branch numbers), (Q,) and (K,) each. Queries are the last Q of the keys.
-    Returns (1, 1, Q, K): bool for SDPA, 0 and the dtype's lowest number for eager; a BlockMask, whose empty blocks are
-    skipped, for FlexAttention.
-    """
-    kind = model.config._attn_implementation
-    shape = {"Q_LEN": len(queries[0]), "KV_LEN": len(keys[0])}
-    past = shape["KV_LEN"] - shape["Q_LEN"]
-    if kind == "flex_attention":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        # Kernels ask about whole blocks, beyond the ends too.
-        queries, keys = ([_padded(numbers, BLOCK) for numbers in pair] for pair in (queries, keys))
-
-        def sees(batch, head, query, key):
-            return _sees(queries, keys, query, key, past)
-
-        return create_block_mask(sees, None, None, **shape, device=queries[0].device)
-    rows = torch.arange(len(queries[0]), device=queries[0].device).unsqueeze(1)
-    columns = torch.arange(len(keys[0]), device=queries[0].device).unsqueeze(0)
-    mask = _sees(queries, keys, rows, columns, past)[None, None]
-    if kind == "eager":
-        return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(
-            ~mask, torch.finfo(model.dtype).min
-        )
-    return mask
-
-
-def _padded(numbers: Tensor, multiple: int) -> Tensor:
-    return torch.nn.functional.pad(numbers, (0, -len(numbers) % multiple), value=-1)
-
-
-def _sees(queries, keys, query, key, past: int):
-    same = queries[0][query] == keys[0][key]
-    return same & (key <= query + past) & ((keys[1][key] == 0) | (keys[1][key] == queries[1][query]))
