@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from pathlib import Path
 
 import psutil
 import torch
+from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 def join(device: str, deepspeed: str | None, dtype: torch.dtype, output: str) -> TrainingArguments:
@@ -23,6 +27,9 @@ def join(device: str, deepspeed: str | None, dtype: torch.dtype, output: str) ->
     )
     if deepspeed:
         init_deepspeed()
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if asked and arguments.distributed_state.distributed_type == DistributedType.MULTI_CPU:
+        logger.warning("Accelerate does not split models among CPU processes: FSDP is off, each holds the whole model")
     return arguments
 
 
@@ -86,7 +93,9 @@ def precision(deepspeed: str | None, dtype: torch.dtype) -> dict[str, bool]:
 
 def whole_state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
     """The model's weights, gathered from all processes, each of which must call this; None where nothing is split."""
-    return trainer.accelerator.get_state_dict(trainer.deepspeed) if trainer.is_deepspeed_enabled else None
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return None
 
 
 def parameter_count(model: torch.nn.Module) -> int:
