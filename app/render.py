@@ -1,53 +1,65 @@
-"""HTML of the page's own parts. Everything that comes from a visitor or a model is escaped here."""
+"""HTML of status line and outlines. Everything that comes from a visitor or a model is escaped here."""
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from html import escape
 
-from app.preferences import END
-from app.service import Column, Query, Update
-from app.texts import TEXTS, text
+from app.jobs import Column, Update
+from app.queries import Query
+from app.verdicts import Verdict
+from app.words import HTML_LANGUAGES, Say
+from tkpo.methods import METHODS
 
 LINE = re.compile(r"(\s*)(\d+(?:\.\d+)*)[.、)]?\s+(.*)")
-INVISIBLE = {"\n": "⏎", "\t": "⇥", " ": "␣"}
-
-
-def method_name(ui: str, method: str) -> str:
-    return text(ui, f"method_{method}") if f"method_{method}" in TEXTS["en"] else method
+NUMBER_ALONE = re.compile(r"[\d.、)\s]*")  # a line of which only the number is written so far
+FULL_BAR = 5.0  # log-odds that fill half the bar, some 150 to 1
 
 
 # ---- status line ---------------------------------------------------------------------------------------
 
 
-def loading(ui: str, stage: str, seconds: float) -> str:
-    words = text(ui, "state_loading", stage=text(ui, f"stage_{stage}"), seconds=f"{seconds:.0f}")
+def loading(say: Say, stage: str, seconds: float) -> str:
+    words = say("state_loading", stage=say(f"stage_{stage}"), seconds=f"{seconds:.0f}")
     return f'<p class="status busy" role="status">{escape(words)}</p>'
 
 
-def status(ui: str, update: Update, working: str = "state_writing", elapsed: float = 0.0) -> str:
-    """What happens now, in a sentence, and what was cut from the article."""
+def status(say: Say, update: Update, working: str = "state_writing") -> str:
+    """What happens now, in a sentence, and what was cut from the article. working: key of that while it writes."""
     if update.state == "loading":
-        return loading(ui, update.stage, elapsed)
-    if update.state == "waiting":
-        words = text(ui, "state_waiting", place=max(1, update.place))
-    elif update.state == "writing":
-        words = text(ui, working)
-    else:
-        words = text(ui, f"state_{update.state}", seconds=f"{update.seconds:.1f}")
-    busy = " busy" if update.state in ("waiting", "writing") else ""
-    lines = [f'<p class="status{busy}" role="status">{escape(words)}</p>']
+        return loading(say, update.stage, update.seconds)
+    lines = [_doing(say, update, working)]
     query = update.query
     if query and query.cut:
-        lines.append(f'<p class="note">{escape(text(ui, "cut", **query.cut))}</p>')
-    if query and query.article and query.lang == "zh":
-        lines.append(f'<p class="note">{escape(text(ui, "zh_topic"))}</p>')
+        lines.append(f'<p class="note">{escape(say("cut", **query.cut))}</p>')
+    if query and query.article and query.lang == "zh" and not update.stored:
+        lines.append(f'<p class="note">{escape(say("zh_topic"))}</p>')
     for names in _same(update.columns if update.state == "done" else []):
-        listed = ", ".join(method_name(ui, name) for name in names)
-        lines.append(f'<p class="note">{escape(text(ui, "same_outline", names=listed))}</p>')
+        listed = ", ".join(say.method(name) for name in names)
+        lines.append(f'<p class="note">{escape(say("same_outline", names=listed))}</p>')
     return "".join(lines)
+
+
+def _doing(say: Say, update: Update, working: str) -> str:
+    if update.stored:
+        return stored(say)
+    bar = ""
+    if update.state == "waiting":
+        words = say("state_waiting", place=max(1, update.place))
+    elif update.state == "reading" and update.read:
+        percent = round(100 * update.read)
+        words = say("reading_share", percent=percent)
+        bar = f'<progress max="100" value="{percent}" aria-label="{escape(words)}"></progress>'
+    elif update.state == "writing":
+        words = say(working)
+    else:
+        words = say(f"state_{update.state}", seconds=f"{update.seconds:.1f}")
+    busy = "" if update.is_over else " busy"
+    return f'<p class="status{busy}" role="status">{escape(words)}{bar}</p>'
+
+
+def stored(say: Say) -> str:
+    return f'<p class="status stored">{escape(say("stored"))}</p>'
 
 
 def _same(columns: list[Column]) -> list[list[str]]:
@@ -66,165 +78,117 @@ def refusal(message: str) -> str:
 # ---- outlines ------------------------------------------------------------------------------------------
 
 
-def board(ui: str, columns: list[Column], state: str = "empty", query: Query | None = None, by: str = "method") -> str:
+def board(say: Say, update: Update, by: str = "method") -> str:
     """Columns side by side. by: what tells them apart, "method" or "style"."""
-    busy = "true" if state == "writing" else "false"
-    cells = "".join(_column(ui, i, column, state, query, by) for i, column in enumerate(columns))
-    label = escape(text(ui, "outlines"))
-    return f'<section class="board n{len(columns)}" aria-label="{label}" aria-busy="{busy}">{cells}</section>'
+    busy = "true" if update.state in ("reading", "writing") else "false"
+    cells = "".join(_column(say, i, column, update, by) for i, column in enumerate(update.columns))
+    label = escape(say("outlines"))
+    return f'<section class="board n{len(update.columns)}" aria-label="{label}" aria-busy="{busy}">{cells}</section>'
 
 
-def _column(ui: str, place: int, column: Column, state: str, query: Query | None, by: str) -> str:
+def _column(say: Say, place: int, column: Column, update: Update, by: str) -> str:
     if by == "method":
-        name = method_name(ui, column.method)
-        about = text(ui, f"about_{column.method}" if f"about_{column.method}" in TEXTS["en"] else "about_own")
+        name = say.method(column.method)
+        about = say(f"about_{column.method}" if f"about_{column.method}" in say else "about_own")
     else:
-        name, about = text(ui, f"style_{column.style}").split("\n")
+        name, about = say(f"style_{column.style}").split("\n")
     kind = column.method if by == "method" else column.style
-    ended = state in ("done", "stopped")
+    finished = update.is_over and column.text
+    lang = f' lang="{HTML_LANGUAGES[update.query.lang]}"' if update.query else ""
     if column.text:
-        body = outline(column.text)
+        body = outline(column.text, growing=not update.is_over)
     else:
-        key = {"empty": "empty_board", "writing": "writing_first"}.get(state, "nothing_written")
-        body = f'<p class="faint">{escape(text(ui, key))}</p>'
-    caret = '<span class="caret" aria-hidden="true"></span>' if state == "writing" else ""
-    facts = _facts(ui, column, query) if ended and column.text else ""
+        key = {"empty": "empty_board", "reading": "writing_first", "writing": "writing_first"}
+        body, lang = f'<p class="faint">{escape(say(key.get(update.state, "nothing_written")))}</p>', ""
+    caret = '<span class="caret" aria-hidden="true"></span>' if update.state == "writing" else ""
+    colour = f' style="--method: {METHODS[kind].color}"' if kind in METHODS else ""
     return (
-        f'<article class="sheet" data-kind="{escape(kind)}"><header><h3>{escape(name)}</h3>'
-        f'<p>{escape(about)}</p></header><div class="outline" dir="auto">{body}{caret}</div>{facts}'
-        f"{_actions(ui, place, column, query, by, name) if ended and column.text else ''}</article>"
+        f'<article class="sheet" data-kind="{escape(kind)}"{colour}><header><h3>{escape(name)}</h3>'
+        f'<p>{escape(about)}</p></header><div class="outline" dir="auto"{lang}>{body}{caret}</div>'
+        f"{_facts(say, column, update) if finished else ''}"
+        f"{_actions(say, place, column, update.query, by, name) if finished else ''}</article>"
     )
 
 
-def outline(written: str) -> str:
-    """An outline's lines; numbers stand apart from the words, sub-headings are indented."""
-    lines = []
-    for line in written.split("\n"):
-        if not line.strip():
-            continue
-        match = LINE.fullmatch(line)
-        if not match:
-            lines.append(f'<p class="line plain" dir="auto">{escape(line.strip())}</p>')
-            continue
-        level = "sub" if match[1] or "." in match[2] else "top"
-        number = match[2] if "." in match[2] else f"{match[2]}."
-        lines.append(
-            f'<p class="line {level}"><span class="number">{number}</span>'
-            f'<span class="words" dir="auto">{escape(match[3])}</span></p>'
-        )
-    return "".join(lines)
+def outline(written: str, growing: bool = False) -> str:
+    """An outline's lines; numbers stand apart from the words, sub-headings are indented.
+
+    growing: the last line is held back until its first word is there, so that no number moves on the page.
+    """
+    lines = written.split("\n")
+    if growing and len(lines) > 1 and NUMBER_ALONE.fullmatch(lines[-1]):
+        lines.pop()
+    return "".join(_line(line) for line in lines if line.strip())
 
 
-def _facts(ui: str, column: Column, query: Query) -> str:
-    unit = "words" if query.lang == "en" else "characters"
-    numbers = ((column.headings, "headings"), (column.words, unit), (f"{column.seconds:.1f}", "seconds"))
-    items = "".join(f"<li><b>{value}</b> {escape(text(ui, key))}</li>" for value, key in numbers)
-    warnings = [key for key, here in (("not_outline", not column.valid), ("at_limit", column.at_limit)) if here]
-    notes = "".join(f'<p class="fault">{escape(text(ui, key))}</p>' for key in warnings)
-    return f'<ul class="facts">{items}</ul>{_verdict(ui, column)}{notes}'
-
-
-def _verdict(ui: str, column: Column) -> str:
-    if not column.verdict:
-        return f'<p class="verdict">{escape(text(ui, "no_verdict"))}</p>'
-    style, share = column.verdict
-    right = style == column.style
-    asked = text(ui, "as_asked") if right else text(ui, "not_as_asked", style=text(ui, f"name_{column.style}"))
+def _line(line: str) -> str:
+    match = LINE.fullmatch(line)
+    if not match:
+        return f'<p class="line plain" dir="auto">{escape(line.strip())}</p>'
+    level = "sub" if match[1] or "." in match[2] else "top"
+    number = match[2] if "." in match[2] else f"{match[2]}."
     return (
-        f'<p class="verdict {"right" if right else "wrong"}"><span>{escape(text(ui, "reads_as"))} '
-        f"<b>{escape(text(ui, f'name_{style}'))}</b>, {share:.2f}</span><small>{escape(asked)}</small>"
-        f'<span class="meter" aria-hidden="true"><i style="width:{100 * share:.0f}%"></i></span></p>'
+        f'<p class="line {level}"><span class="number">{number}</span>'
+        f'<span class="words" dir="auto">{escape(match[3])}</span></p>'
     )
 
 
-def _actions(ui: str, place: int, column: Column, query: Query, by: str, name: str) -> str:
-    title = f"# {query.topic}\n\n*{name}, {text(ui, f'name_{column.style}')}*\n\n"
+# ---- verdicts ------------------------------------------------------------------------------------------
+
+
+def _facts(say: Say, column: Column, update: Update) -> str:
+    verdict, unit = column.verdict, "words" if update.query.lang == "en" else "characters"
+    if verdict is None:
+        return ""
+    numbers = [(verdict.headings, "headings"), (verdict.sub_headings, "sub_headings"), (verdict.words, unit)]
+    if not update.stored:
+        numbers.append((f"{column.seconds:.1f}", "seconds"))
+    items = "".join(f"<li><b>{value}</b> {escape(say(key))}</li>" for value, key in numbers)
+    faults = {"repeats": verdict.repeats, "not_outline": not verdict.well_formed, "at_limit": column.at_limit}
+    notes = "".join(f'<p class="fault">{escape(say(key))}</p>' for key, there in faults.items() if there)
+    return f'<div class="verdicts">{_style(say, verdict, column.style)}{_level(say, verdict)}{notes}</div>' + (
+        f'<ul class="facts">{items}</ul>'
+    )
+
+
+def _style(say: Say, verdict: Verdict, style: str) -> str:
+    """The style's log-odds as a bar from the middle: to the right, the style that was asked for."""
+    if verdict.repeats or verdict.log_odds is None:
+        key = "loop_verdict" if verdict.repeats else "no_verdict"
+        return f'<p class="verdict none">{escape(say(key))}</p>'
+    right = verdict.reads_as == style
+    share = min(1.0, abs(verdict.log_odds) / FULL_BAR) * 50
+    start = 50 if verdict.log_odds >= 0 else 50 - share
+    value = f"{verdict.log_odds:+.1f}".replace("-", "−")
+    label = escape(say("log_odds", value=value), quote=True)
+    reads = escape(say("reads_as", style=say(f"name_{verdict.reads_as}")))
+    return (
+        f'<p class="verdict {"right" if right else "wrong"}"><span>{reads}</span>'
+        f'<span class="odds" role="img" aria-label="{label}" title="{label}">'
+        f'<i style="inset-inline-start:{start:.1f}%;width:{share:.1f}%"></i></span>'
+        f'<b aria-hidden="true">{value}</b></p>'
+    )
+
+
+def _level(say: Say, verdict: Verdict) -> str:
+    if verdict.level is None:
+        return ""
+    key, kind = ("level_kept", "right") if verdict.level else ("level_missed", "wrong")
+    return f'<p class="level {kind}">{escape(say(key))}</p>'
+
+
+def _actions(say: Say, place: int, column: Column, query: Query, by: str, name: str) -> str:
+    title = f"# {query.topic}\n\n*{name}, {say(f'name_{column.style}')}*\n\n"
     words = re.sub(r"[^\w]+", "-", query.topic.lower()).strip("-")[:50] or "outline"
-    data = escape(column.text, quote=True), escape(title, quote=True)
-    buttons = (
-        f'<button type="button" data-copy aria-label="{escape(text(ui, "copy"))}: {escape(name)}" '
-        f'data-done="{escape(text(ui, "copied"))}">{escape(text(ui, "copy"))}</button>'
-        f'<button type="button" data-download="{escape(f"{words}-{column.style}-{column.method}.md", quote=True)}" '
-        f'aria-label="{escape(text(ui, "download"))}: {escape(name)}">{escape(text(ui, "download"))}</button>'
-    )
+    file = escape(f"{words}-{column.style}-{column.method}.md", quote=True)
+    buttons = _action(say, "copy", name, f'data-copy data-done="{escape(say("copied"))}"')
+    buttons += _action(say, "download", name, f'data-download="{file}"')
     if by == "method":
-        buttons += (
-            f'<button type="button" data-inspect="{place}" aria-label="{escape(text(ui, "inspect"))}: '
-            f'{escape(name)}">{escape(text(ui, "inspect"))}</button>'
-        )
+        buttons += _action(say, "inspect", name, f'data-inspect="{place}"')
+    data = escape(column.text, quote=True), escape(title, quote=True)
     return f'<footer class="actions" data-text="{data[0]}" data-title="{data[1]}">{buttons}</footer>'
 
 
-# ---- token preferences ---------------------------------------------------------------------------------
-
-
-def tokens(ui: str, result: dict | None) -> str:
-    """The coloured outline with the figures of its loss, and an empty panel that the page's script fills."""
-    if not result:
-        return f'<div class="tokens-empty faint">{escape(text(ui, "empty_preferences"))}</div>'
-    true, flipped = (text(ui, f"name_{result[key]}") for key in KEYS)
-    count = len(result["tokens"])
-    marks = "".join(_token(i, token) for i, token in enumerate(result["tokens"]))
-    rejects = len(result["tokens"][0]["rejects"])
-    words = {
-        "number": text(ui, "token_number", number="{number}", count=count),
-        "true": f"{text(ui, 'true_prompt')} ({true})",
-        "flipped": f"{text(ui, 'flipped_prompt')} ({flipped})",
-        "probability": text(ui, "probability"),
-        "rejects": text(ui, "rejects"),
-        "tie": text(ui, "reward_help", baseline=f"{1 / (rejects + 1):.3f}", count=rejects),
-        "end": text(ui, "end_token"),
-    }
-    figures = (
-        ("mean_reward", f"{result['mean_reward']:.3f}"),
-        ("preference_term", f"{result['preference']:.3f}"),
-        ("cross_entropy", f"{result['cross_entropy']:.2f}"),
-        ("accuracy", f"{100 * result['accuracy']:.0f} %"),
-    )
-    sums = "".join(f"<li><b>{value}</b> {escape(text(ui, key))}</li>" for key, value in figures)
-    scale = "".join(f'<i style="{_colour(step)}"></i>' for step in (-3, -1.5, -0.5, 0, 0.5, 1.5, 3))
-    legend = (
-        f'<p class="legend"><span>{escape(text(ui, "likelier_flipped", style=flipped))}</span>'
-        f'<span class="scale" aria-hidden="true">{scale}</span>'
-        f"<span>{escape(text(ui, 'likelier_true', style=true))}</span></p>"
-    )
-    cut = f'<p class="note">{escape(text(ui, "preferences_cut", cut=result["cut"]))}</p>' if result["cut"] else ""
-    data = escape(json.dumps(words, ensure_ascii=False), quote=True)
-    return (
-        f'<div class="loss-view"><div><ul class="facts">{sums}</ul>{legend}'
-        f'<div class="tokens" role="group" aria-label="{escape(text(ui, "outline"))}" data-words="{data}">{marks}</div>'
-        f'{cut}</div><aside class="token-panel" aria-live="polite"><p class="faint">'
-        f"{escape(text(ui, 'choose_token'))}</p></aside></div>"
-    )
-
-
-KEYS = ("style", "flipped")
-
-
-def _token(place: int, token: dict) -> str:
-    log_ratio = math.log(max(token["p"], 1e-12) / max(token["p_flipped"], 1e-12))
-    data = [token["p"], token["p_flipped"], token["reward"]]
-    data.append([[visible(r["text"]), r["p"], r["p_flipped"]] for r in token["rejects"]])
-    compact = json.dumps(data, ensure_ascii=False, default=float, separators=(",", ":"))
-    compact = re.sub(r"\d+\.\d{5,}(?:e-?\d+)?|\d+(?:\.\d+)?e-\d+", lambda m: f"{float(m[0]):.4g}", compact)
-    shown = token["text"]
-    label = shown if shown.strip() else "⏎" if "\n" in shown else "·"
-    mark = (
-        f'<button type="button" class="token{" end" if shown == END else ""}" tabindex="{0 if place == 0 else -1}" '
-        f'style="{_colour(log_ratio)}" data-token="{escape(compact, quote=True)}" data-place="{place + 1}" '
-        f'data-text="{escape(visible(shown), quote=True)}">{escape(label)}</button>'
-    )
-    return mark + "<br>" * shown.count("\n")
-
-
-def visible(piece: str) -> str:
-    """White space at a token's ends as signs, so that " the" and "the" can be told apart."""
-    if not piece:
-        return "·"
-    return "".join(INVISIBLE.get(c, c) if c != " " or i == 0 or not piece.strip() else c for i, c in enumerate(piece))
-
-
-def _colour(log_ratio: float) -> str:
-    """Hue by sign, strength by size; a factor of 20 between the two prompts is full strength."""
-    strength = min(1.0, abs(log_ratio) / math.log(20))
-    return f"--strength:{strength:.2f};--hue:var(--{'true' if log_ratio >= 0 else 'flipped'})"
+def _action(say: Say, key: str, name: str, data: str) -> str:
+    label = escape(say(key))
+    return f'<button type="button" {data} aria-label="{label}: {escape(name, quote=True)}">{label}</button>'

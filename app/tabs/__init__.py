@@ -1,0 +1,1 @@
+"""The page's tabs: one class each, with its components, its handlers and its words."""
