@@ -50,7 +50,7 @@ def main() -> int:
     service._classified.wait()
     while service._unread:
         time.sleep(0.2)
-    article = (ROOT / "app" / "examples" / "lalibela.txt").read_text(encoding="utf-8").strip()
+    article = ""
     runs = {}
     for name, given in (("topic", {"topic": TOPIC}), ("article", {"topic": "Lalibela", "article": article})):
         query = service.check(**given, style="comprehensive", length=100)

@@ -19,6 +19,11 @@ QUIET = {"show_progress": "hidden", "api_visibility": "private"}  # the page's o
 CARRIED = ("topic", "article", "style", "language")  # fields that go along from tab to tab
 
 
+def markup(html: str = "", elem_id: str | None = None, script: str | None = None) -> gr.HTML:
+    """A part of the page in HTML and CSS of its own. script: runs once it is shown, see `gr.HTML`'s js_on_load."""
+    return gr.HTML(html, elem_id=elem_id, js_on_load=script, apply_default_css=False)
+
+
 class Translated:
     """Which component shows which words, so that the page can change its language."""
 
@@ -92,7 +97,7 @@ class QueryForm:
         self.shown.bind(self.article, label="article", placeholder="article_hint")
         self.file = gr.File(file_types=[".txt", ".md"], type="filepath", height=96, elem_id=f"{self.tab}-file")
         self.shown.bind(self.file, label="article_file")
-        self.file_said = gr.HTML()
+        self.file_said = markup()
 
     def _options(self, service: OutlineService, with_sampling: bool) -> None:
         tab, bind = self.tab, self.shown.bind
@@ -126,6 +131,15 @@ class Forms:
         """Values for `fields`."""
         given = dict(zip(CARRIED, (topic, article, style, language), strict=True))
         return [given[name] for name in CARRIED for form in self.forms if hasattr(form, name)]
+
+    @property
+    def others(self) -> list:
+        """The fields of all forms but the first."""
+        return [getattr(form, name) for name in CARRIED for form in self.forms[1:] if hasattr(form, name)]
+
+    def copies(self, topic, article, style, language) -> list:
+        """Values for `others`."""
+        return Forms(*self.forms[1:]).values(topic, article, style, language)
 
     def carry(self, ui: gr.Radio) -> None:
         """Copy what a visitor enters to the other tabs, in the browser; a dropped file becomes the article of all."""

@@ -1,7 +1,8 @@
 // What the page does without the server: copy, download, links, and the token panel.
 (() => {
   const esc = (s) => String(s).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
-  const share = (p) => (p >= 0.0995 ? p.toFixed(2) : p >= 0.00095 ? p.toFixed(3) : p === 0 ? "0" : p.toExponential(0));
+  // Two digits: 0.83, 0.047; what is smaller than that is told apart by its bar no more.
+  const share = (p) => (p >= 0.0995 ? p.toFixed(2) : p >= 0.00095 ? Number(p.toPrecision(2)).toString() : p === 0 ? "0" : "<0.001");
 
   async function copy(text) {
     try {
@@ -66,7 +67,6 @@
     if (actions && "copy" in button.dataset) copy(actions.dataset.text).then(() => flash(button));
     else if (actions && "download" in button.dataset)
       saveFile(button.dataset.download, `${actions.dataset.title}${actions.dataset.text}\n`);
-    else if (actions && "inspect" in button.dataset) document.querySelector(`#inspect-${button.dataset.inspect}`)?.click();
     else if (button.classList.contains("token")) choose(button);
   });
 
@@ -103,9 +103,37 @@
     return text.slice(0, limit + 1); // longer than the limit: the server says so
   }
 
+  // ---- what changes on the page by itself
+
+  // The document's language follows the heading's, which follows the choice of language.
+  const followLanguage = () => {
+    const lang = document.querySelector("#title h1")?.lang;
+    if (lang && document.documentElement.lang !== lang) document.documentElement.lang = lang;
+  };
+
+  // Outlines that begin below the screen are brought into view once, for whoever has just asked for them.
+  let awaited = null; // id of the board whose outlines were asked for
+  const RUNS = { run: "board", "styles-run": "styles-board" };
+  const scrollToOutlines = () => {
+    const board = awaited && document.getElementById(awaited)?.querySelector('.board[aria-busy="true"]');
+    if (!board) return;
+    awaited = null;
+    if (board.getBoundingClientRect().top < innerHeight * 0.6) return;
+    const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    board.scrollIntoView({ behavior: calm ? "auto" : "smooth", block: "start" });
+  };
+  document.addEventListener("click", (event) => {
+    const id = event.target.closest("button")?.id;
+    if (id in RUNS) awaited = RUNS[id];
+  });
+  const look = () => (followLanguage(), scrollToOutlines());
+  const options = { childList: true, subtree: true, attributes: true, attributeFilter: ["lang", "aria-busy"] };
+  document.addEventListener("DOMContentLoaded", () => new MutationObserver(look).observe(document.body, options));
+
   window.tkpo = {
-    async link(topic, article, style, language, temperature, seed, length) {
-      const fragment = new URLSearchParams({ topic, style, language, temperature, seed, length });
+    async link(topic, article, style, language, temperature, seed, length, strength, methods) {
+      const fragment = new URLSearchParams({ topic, style, language, temperature, seed, length, strength });
+      fragment.set("methods", methods.join(" "));
       if (article) fragment.set("article", await pack(article));
       const url = `${location.origin}${location.pathname}${location.search}#${fragment}`;
       await copy(url);
@@ -117,19 +145,24 @@
       }
     },
 
-    async read(topic, article, style, language, temperature, seed, length, ui, styles, languages, articleLimit) {
+    // What a link says becomes the fields' values; the others stay as they are, also while somebody types.
+    // known: what the server takes.
+    async read(known) {
       const fragment = new URLSearchParams(location.hash.slice(1));
-      const number = (key, low, high, now) => {
+      const same = { __type__: "update" };
+      const number = (key, low, high) => {
         const value = Number(fragment.get(key));
-        return fragment.has(key) && value >= low && value <= high ? value : now;
+        return fragment.has(key) && value >= low && value <= high ? value : same;
       };
-      const oneOf = (key, known, now) => (known.includes(fragment.get(key)) ? fragment.get(key) : now);
-      if (fragment.has("article")) article = await unpack(fragment.get("article"), articleLimit).catch(() => article);
-      if (navigator.language.toLowerCase().startsWith("zh")) ui = "zh";
+      const oneOf = (key, other = same) => (known[key].includes(fragment.get(key)) ? fragment.get(key) : other);
+      let article = fragment.has("topic") ? "" : same; // a link without an article means none, whatever is shown
+      if (fragment.has("article")) article = await unpack(fragment.get("article"), known.article).catch(() => same);
+      const methods = (fragment.get("methods") ?? "").split(" ").filter((method) => known.methods.includes(method));
+      const own = navigator.language.toLowerCase().startsWith("zh") ? "zh" : same;
       return [
-        fragment.get("topic") ?? topic, article, oneOf("style", styles, style), oneOf("language", languages, language),
-        number("temperature", 0, 2, temperature), number("seed", 0, 2147483647, seed),
-        number("length", 8, 384, length), oneOf("ui", ["en", "zh"], ui),
+        fragment.get("topic") ?? same, article, oneOf("style"), oneOf("language"),
+        number("temperature", 0, 2), number("seed", 0, 2147483647), number("length", 8, 384),
+        number("strength", 0, known.strength), methods.length ? methods : same, oneOf("ui", own),
       ];
     },
   };

@@ -12,7 +12,7 @@ import gradio as gr
 
 from app import api, headline, render
 from app.examples import Examples
-from app.form import QUIET, Forms, Translated
+from app.form import QUIET, Forms, Translated, markup
 from app.queries import Refused
 from app.service import OutlineService
 from app.tabs import compare, paper, preferences, styles
@@ -47,19 +47,19 @@ class Page:
         self.shown = shown = Translated(page_words(service.axes))
         first = examples.first("en")
         with gr.Row(elem_id="masthead"):
-            self.title = gr.HTML(_title(shown.words.say("en")), elem_id="title")
+            self.title = markup(_title(shown.words.say("en")), elem_id="title")
             languages = [(name, code) for code, name in UI_LANGUAGES.items()]
             self.ui = gr.Radio(languages, value="en", elem_id="ui", container=False)
             shown.bind(self.ui, label="ui_language")
         tables = root / "paper" / "tables"
         shown.bind(gr.Markdown(elem_id="lead"), value=lambda say: headline.headline(say, tables))
-        self.health = gr.HTML(elem_id="health")
+        self.health = markup(elem_id="health")
         with gr.Tabs(elem_id="tabs") as self.tabs:
             self.compare = compare.CompareTab(shown, service, examples)
             self.styles = styles.StylesTab(shown, service, first)
             self.preferences = preferences.PreferencesTab(shown, service, first)
             self.paper = paper.PaperTab(shown, root)
-        self.foot = shown.bind(gr.HTML(elem_id="foot"), value=self._foot)
+        self.foot = shown.bind(markup(elem_id="foot"), value=self._foot)
 
     def connect(self, page: gr.Blocks) -> None:
         forms = Forms(self.compare.form, self.styles.form, self.preferences.form)
@@ -101,9 +101,8 @@ class Page:
             "article": self.service.limits.article_chars,
             "strength": self.service.limits.strength,
         }
-        limits = gr.JSON(known, visible=False)
-        read = page.load(None, [*asked, limits], asked, js="(...now) => tkpo.read(...now)", **QUIET)
-        read.then(forms.values, asked[:4], forms.fields, **QUIET).then(
+        read = page.load(None, gr.JSON(known, visible=False), asked, js="(known) => tkpo.read(known)", **QUIET)
+        read.then(forms.copies, asked[:4], forms.others, **QUIET).then(
             self.compare.open, [self.ui, self.compare.out.screen, *asked[:2]], self.compare.out.outputs[:2], **QUIET
         )
 

@@ -163,10 +163,9 @@ def _style(say: Say, verdict: Verdict, style: str) -> str:
     label = escape(say("log_odds", value=value), quote=True)
     reads = escape(say("reads_as", style=say(f"name_{verdict.reads_as}")))
     return (
-        f'<p class="verdict {"right" if right else "wrong"}"><span>{reads}</span>'
+        f'<p class="verdict {"right" if right else "wrong"}"><span>{reads}</span><b aria-hidden="true">{value}</b>'
         f'<span class="odds" role="img" aria-label="{label}" title="{label}">'
-        f'<i style="inset-inline-start:{start:.1f}%;width:{share:.1f}%"></i></span>'
-        f'<b aria-hidden="true">{value}</b></p>'
+        f'<i style="inset-inline-start:{start:.1f}%;width:{share:.1f}%"></i></span></p>'
     )
 
 

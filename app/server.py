@@ -12,12 +12,13 @@ from pathlib import Path
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.examples import Examples
 from app.page import build
 from app.service import OutlineService
+from app.theme import theme
 from tkpo.errors import TKPOError
 
 HERE = Path(__file__).parent
@@ -25,6 +26,7 @@ REQUEST_SECONDS = 20.0  # within which a client must have sent its whole request
 DEAD_SECONDS = 20  # after which a peer that acknowledges nothing is given up
 # What Gradio's template loads from other servers: a script for Spaces, and fonts.
 FOREIGN = re.compile(rb"""<script\s[^>]*src="https://[^>]*>\s*</script>|<link\s[^>]*href="https://[^>]*>""")
+SCRIPT = b'<script src="page.js"></script>'  # the page's own
 INLINE = re.compile(rb"<script\b(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.S)
 
 
@@ -48,6 +50,10 @@ def application(service: OutlineService, root: Path, examples: Examples | None =
     def citation() -> PlainTextResponse:
         return PlainTextResponse((root / "CITATION.cff").read_text(encoding="utf-8"))
 
+    @app.get("/page.js")
+    def script() -> FileResponse:
+        return FileResponse(HERE / "page.js", media_type="text/javascript")
+
     for path in ("/openapi.json", "/gradio_api/openapi.json", "/monitoring", "/monitoring/{rest:path}"):
         app.add_api_route(path, lambda: JSONResponse({"detail": "Not Found"}, status_code=404))
     app.add_middleware(lambda inner: SafePage(service.streams.watch(inner), bool(os.environ.get("SPACE_ID"))))
@@ -61,17 +67,8 @@ def application(service: OutlineService, root: Path, examples: Examples | None =
         run_history=False,
         footer_links=[],
         app_kwargs={"openapi_url": None},
-        theme=_theme(),
+        theme=theme(),
         css=(HERE / "page.css").read_text(encoding="utf-8"),
-        head=f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>",
-    )
-
-
-def _theme() -> gr.themes.Base:
-    sans = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Noto Sans CJK SC", "sans-serif"]
-    mono = ["ui-monospace", "SFMono-Regular", "Menlo", "monospace"]
-    return gr.themes.Base(
-        primary_hue="teal", neutral_hue="stone", font=sans, font_mono=mono, radius_size="sm", text_size="md"
     )
 
 
@@ -104,6 +101,7 @@ class SafePage:
             body += message.get("body", b"")
             if not message.get("more_body"):
                 page = body if self.on_space else FOREIGN.sub(b"", body)
+                page = page.replace(b"</head>", SCRIPT + b"</head>", 1)
                 headers = [*_kept(start), (b"content-length", str(len(page)).encode()), *self._headers(page)]
                 await send({**start, "headers": headers})
                 await send({"type": "http.response.body", "body": page})

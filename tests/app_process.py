@@ -1,5 +1,6 @@
 """The real app as a process of its own, on the tiny model with three random adapters."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -25,6 +26,20 @@ def free_port() -> int:
     with closing(socket()) as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
+
+
+def ask(address: str, endpoint: str, data: dict, came_from: str = "127.0.0.1", seconds: float = 120) -> list[tuple]:
+    """(event, data) pairs that a client gets who knows HTTP only: POST the call, then read its stream of events.
+
+    came_from: the address that a proxy in front of the app would name.
+    """
+    headers = {"X-Forwarded-For": came_from}
+    with httpx.Client(base_url=f"{address}/gradio_api", headers=headers, timeout=seconds) as http:
+        answer = http.post(f"/call/v2/{endpoint}", json=data)
+        answer.raise_for_status()
+        events = http.get(f"/call/v2/{endpoint}/{answer.json()['event_id']}").text
+    pairs = [dict(line.split(": ", 1) for line in event.split("\n")) for event in events.strip().split("\n\n")]
+    return [(pair["event"], json.loads(pair["data"])) for pair in pairs if pair["event"] != "heartbeat"]
 
 
 @contextmanager

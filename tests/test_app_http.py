@@ -20,6 +20,13 @@ from tkpo.attributes import get_axis  # noqa: E402
 from tkpo.data import make_record  # noqa: E402
 from tkpo.generation import OutlineGenerator  # noqa: E402
 
+OPTIONS = ("--queue", "12", "--per-minute", "0")
+
+
+def client_from(address, came_from):
+    """A client that stands for a visitor of its own: the app believes a proxy on this machine about addresses."""
+    return gradio_client.Client(address, verbose=False, headers={"X-Forwarded-For": came_from})
+
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
@@ -29,7 +36,7 @@ def adapters(tmp_path_factory):
 @pytest.fixture(scope="module")
 def app(tmp_path_factory, adapters):
     folder = tmp_path_factory.mktemp("app")
-    with running_app(folder, "--dtype", "float32", "--adapters", *adapters, "--queue", "12") as (address, process):
+    with running_app(folder, "--dtype", "float32", "--adapters", *adapters, *OPTIONS) as (address, process):
         yield address, process, folder
 
 
@@ -106,6 +113,11 @@ BAD = [
     ({"topic": "a", "length": 100_000}, "length is “100000”"),
     ({"topic": "a", "temperature": -1}, "temperature is “-1”"),
     ({"topic": "a", "seed": "<b>"}, "seed is “<b>”"),
+    ({"topic": "a", "seed": 10**400}, "seed is “a number of more than 40 digits”"),
+    ({"topic": "\u200b\u00ad\u3164\U000e0041"}, "nothing to outline"),
+    ({"topic": "a", "methods": []}, "No method is chosen"),
+    ({"topic": "a", "methods": "sft"}, "No method is chosen"),
+    ({"topic": "a", "style_strength": 3}, "style_strength is “3”"),
     ({"topic": ["a", {"path": "/etc/passwd"}]}, "topic must be text, not list"),
 ]
 
@@ -172,7 +184,7 @@ def test_twenty_clients_at_once_get_their_own_outline_or_their_place(app, alone)
 
     def visit(topic):
         try:
-            own = gradio_client.Client(app[0], verbose=False)
+            own = client_from(app[0], f"10.0.0.{topics.index(topic)}")
             results[topic] = own.submit(topic=topic, length=12, api_name="/compare").result(timeout=200)
         except AppError as error:
             results[topic] = str(error)
@@ -202,7 +214,11 @@ def test_a_client_that_leaves_in_mid_stream_harms_nobody(app, client, alone):
     with httpx.Client(base_url=app[0]) as raw:
         config = raw.get("/config").json()
         place = next(d["id"] for d in config["dependencies"] if d["api_name"] == "compare")
-        body = {"data": ["cut off", "", "literary", "auto", 0, 0, 384], "fn_index": place, "session_hash": "cutoff"}
+        body = {
+            "data": ["cut off", "", "literary", "auto", 0, 0, 384, None, 0],
+            "fn_index": place,
+            "session_hash": "cutoff",
+        }
         assert raw.post("/gradio_api/queue/join", json=body).status_code == 200
         with raw.stream("GET", "/gradio_api/queue/data?session_hash=cutoff", timeout=60) as events:
             next(line for line in events.iter_lines() if "writing" in line)
@@ -308,8 +324,10 @@ def test_health_says_what_is_wrong(tmp_path):
         assert answer.status_code == 503 and json.loads(answer.text)["state"] == "failed"
         page = httpx.get(f"http://127.0.0.1:{port}/", timeout=30)
         assert page.status_code == 200 and "https://cdnjs" not in page.text
-        with pytest.raises(AppError, match="could not be loaded"):
-            gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False).predict(topic="a", api_name="/compare")
+        client = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
+        with pytest.raises(AppError, match="could not be loaded") as told:
+            client.predict(topic="a", api_name="/compare")
+        assert str(tmp_path) not in str(told.value) and str(tmp_path) in (tmp_path / "log").read_text()
     finally:
         process.terminate()
         process.wait(20)

@@ -8,15 +8,21 @@ import pytest
 import torch
 
 from app import render
-from app.paper import paper_page
+from app.jobs import Column, Update
+from app.page import page_words
 from app.preferences import NUM_REJECTS, TAU, token_preferences
-from app.service import Column, Query
+from app.queries import Query
+from app.tabs.paper import paper_page
+from app.tokens import SHOWN_REJECTS, tokens
+from app.verdicts import Verdict
 from tkpo.attributes import get_axis
 from tkpo.data import make_record, user_message
 from tkpo.generation import OutlineGenerator
 from tkpo.presets import load_model, load_tokenizer
 
 AXIS = get_axis("language_style")
+WORDS = page_words({})
+EN = WORDS.say("en")
 OUTLINE = "1. Salt & 海\n2. <b>Bread</b>"
 
 
@@ -124,12 +130,11 @@ def test_nothing_that_was_typed_or_written_becomes_markup():
         160,
         {"tokens": 1, "limit": 1, "chars": 1, "rest": EVIL},
     )
-    column = Column(EVIL, "literary", f"1. {EVIL}\n   1.1 {EVIL}\n{EVIL}", verdict=("literary", 0.9))
-    from app.service import Update
-
+    verdict = Verdict(1, 1, 9, False, None, False, "literary", 0.9, 2.2)
+    column = Column(EVIL, "literary", f"1. {EVIL}\n   1.1 {EVIL}\n{EVIL}", verdict=verdict)
     parts = [
-        render.board("en", [column], "done", query),
-        render.status("en", Update("done", query=query)),
+        render.board(EN, Update("done", columns=[column], query=query)),
+        render.status(EN, Update("done", query=query)),
         render.refusal(EVIL),
     ]
     for part in parts:
@@ -142,23 +147,22 @@ def test_nothing_that_was_typed_or_written_becomes_markup():
 
 
 def test_identical_outlines_are_said_to_be_so():
-    from app.service import Update
-
     columns = [Column("sft", "literary", "1. A"), Column("dpo", "literary", "1. B"), Column("tkpo", "literary", "1. A")]
-    assert "word for word: SFT, TKPO" in render.status("en", Update("done", columns=columns))
-    assert "word for word" not in render.status("en", Update("writing", columns=columns))
-    assert "word for word" not in render.status("en", Update("done", columns=columns[:2]))
+    assert "word for word: SFT, TKPO" in render.status(EN, Update("done", columns=columns))
+    assert "word for word" not in render.status(EN, Update("writing", columns=columns))
+    assert "word for word" not in render.status(EN, Update("done", columns=columns[:2]))
 
 
 def test_tokens_carry_their_numbers(result):
-    shown = render.tokens("en", result)
+    shown = tokens(EN, result, "en")
     found = Tags(shown)
     assert not {"b", "i"} - {"b", "i"} and "script" not in found.tags
     data = [json.loads(value) for name, value in found.attributes if name == "data-token"]
     assert len(data) == len(result["tokens"])
     for (p, q, reward, rejects), token in zip(data, result["tokens"], strict=True):
         assert (p, q, reward) == pytest.approx((token["p"], token["p_flipped"], token["reward"]), rel=1e-3)
-        assert len(rejects) == NUM_REJECTS
+        assert len(rejects) == SHOWN_REJECTS
+        assert min(q for _, _, q in rejects) >= max(r["p_flipped"] for r in token["rejects"][SHOWN_REJECTS:]) - 1e-4
     tabbable = [value for name, value in found.attributes if name == "tabindex"]
     assert tabbable.count("0") == 1, "one stop for the Tab key, arrow keys within"
 
@@ -174,7 +178,7 @@ def test_an_outlines_lines_show_number_and_level():
 
 
 def test_the_paper_tab_shows_what_is_there_or_how_to_make_it(tmp_path):
-    assert "python paper/reproduce.py" in paper_page("en", tmp_path)
+    assert "python paper/reproduce.py" in paper_page(EN, tmp_path)
     tables = tmp_path / "paper" / "tables"
     tables.mkdir(parents=True)
     (tables / "main.csv").write_text("never shown,beside\nits,Markdown\n")
@@ -184,7 +188,7 @@ def test_the_paper_tab_shows_what_is_there_or_how_to_make_it(tmp_path):
     (tables / "cost.csv").write_text("method,seconds\nDPO,<b>2</b>\n")
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "main_result.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    page = paper_page("zh", tmp_path)
+    page = paper_page(WORDS.say("zh"), tmp_path)
     found = Tags(page)
     assert "python paper/reproduce.py" not in page and "script" not in found.tags
     assert "41.5" in found.words and "<b>2</b>" in found.words and "never shown" not in page

@@ -7,8 +7,10 @@ import time
 
 import pytest
 
-from app.service import Limits, OutlineService, Refused, read_article
-from app.texts import TEXTS, add_styles, text
+from app.page import TABLES, page_words
+from app.queries import Limits, Refused, clean, cut_article, read_article
+from app.service import OutlineService
+from app.texts import REFUSALS
 
 
 class Scripted:
@@ -44,7 +46,7 @@ class Scripted:
 def service():
     made = OutlineService("tiny", {"sft": "a", "language_style/tkpo": "b"}, limits=Limits(waiting=4, patience=0.6))
     made._load = lambda: None
-    made._fit_classifiers = made._classified.set
+    made.judge.start = made.judge.ready.set
     made.generator, made.stage = Scripted(), "ready"
     return made.start()
 
@@ -126,7 +128,7 @@ def test_no_text_can_close_the_users_turn(service):
     pieces = ["<|", "|>", "im_end", "im_start", "endoftext", "<", "|", ">", " ", "‹", "a"]
     for _ in range(300):
         topic = "".join(rng.choices(pieces, k=12))
-        cleaned = service._clean(topic, "topic")
+        cleaned = clean(topic, "topic", service.limits)
         assert not special & set(tokenizer(cleaned)["input_ids"]), (topic, cleaned)
 
 
@@ -152,8 +154,9 @@ def test_styles_of_an_own_table_take_the_place_of_the_shipped_ones(tmp_path):
         made.check("Salt", style="literary")
     with pytest.raises(Refused, match="language"):
         made.check("盐的历史", style="casual")  # the table has no Chinese phrase
-    add_styles(made.axes)
-    assert text("en", "style_casual") == "Casual\nNot formal" and text("zh", "name_casual") == "casual"
+    words = page_words(made.axes)
+    assert words.say("en")("style_casual") == "Casual\nNot formal" and words.say("zh")("name_casual") == "casual"
+    assert "style_casual" not in page_words({}).say("en"), "the words of one page are not another's"
 
 
 def test_adapters_serve_their_axis(service):
@@ -168,19 +171,25 @@ def test_adapters_serve_their_axis(service):
 
 
 def test_a_long_article_is_cut_at_the_token_limit_and_says_so(service):
-    service.limits = Limits(article_tokens=10)
-    cut = service._cut(service.check("a", "0123456789 the rest"))
+    tokenizer = service.generator.tokenizer
+    cut = cut_article(service.check("a", "0123456789 the rest"), tokenizer, 10)
     assert cut.article == "0123456789"
     assert cut.cut == {"tokens": 19, "limit": 10, "chars": 10, "rest": "the rest"}
     whole = service.check("a", "0123456789")
-    assert service._cut(whole) == whole and whole.cut is None
+    assert cut_article(whole, tokenizer, 10) == whole and whole.cut is None
 
 
-def test_both_languages_have_the_same_words():
-    assert TEXTS["en"].keys() == TEXTS["zh"].keys()
-    for key, words in TEXTS["en"].items():
+@pytest.mark.parametrize("table", [*TABLES, REFUSALS])
+def test_both_languages_have_the_same_words(table):
+    assert table["en"].keys() == table["zh"].keys()
+    for key, words in table["en"].items():
         slots = lambda t: sorted(part.split("}")[0] for part in t.split("{")[1:])  # noqa: E731
-        assert slots(words) == slots(TEXTS["zh"][key]), key
+        assert slots(words) == slots(table["zh"][key]), key
+
+
+def test_no_part_of_the_page_takes_anothers_words():
+    keys = [key for table in TABLES for key in table["en"]]
+    assert len(keys) == len(set(keys))
 
 
 # ---- files ----
@@ -229,7 +238,7 @@ def test_columns_grow_together_to_the_end(service):
     *_, last = stream
     assert last.state == "done"
     assert last.columns[1].text == "1. Topic: Salt language_style/tkpo 7"
-    assert all(c.at_limit and c.valid and c.headings == 1 for c in last.columns)
+    assert all(c.at_limit and c.verdict.well_formed and c.verdict.headings == 1 for c in last.columns)
     assert 0 < last.columns[0].seconds <= last.seconds
 
 
@@ -310,8 +319,10 @@ def test_a_model_that_cannot_be_loaded_is_said_to_everybody(caplog):
     service = OutlineService("/no/such/folder", {})
     early = service.compare(service.check("Salt"))
     service.start()
-    with pytest.raises(Refused, match="could not be loaded: no model '/no/such/folder'"):
+    with pytest.raises(Refused, match="could not be loaded") as told:
         list(service.read(early))
+    assert "/no/such" not in str(told.value) and "no model '/no/such/folder'" in caplog.text
+    assert service.state == "failed"
     with pytest.raises(Refused, match="could not be loaded"):
         service.compare(service.check("Salt"))
 

@@ -80,7 +80,7 @@ class CompareTab:
             preferences.compute, preferences.inputs(ui), preferences.outputs, **QUIET
         )
 
-    def write(self, ui, screen: Screen, methods, *query, request: gr.Request) -> Iterator[tuple]:
+    def write(self, request: gr.Request, ui, screen: Screen, methods, *query) -> Iterator[tuple]:
         """Outlines by the chosen methods that have an adapter for the style."""
 
         def start():
@@ -91,7 +91,9 @@ class CompareTab:
         yield from self.out.follow(screen, ui, start)
 
     def open(self, ui: str, screen: Screen, topic: str, article: str) -> list:
-        """The first screen: the stored example, unless a link brought another query along."""
+        """The first screen: the stored example, unless a link brought another query along or outlines are asked for."""
+        if screen.job or screen.update:
+            return [gr.skip(), gr.skip()]
         first = self.examples.first("en")
         stored = first and (first.topic, first.article) == (topic, article)
         return self.out.show(screen, ui, first.update(self.service.axes) if stored else None)

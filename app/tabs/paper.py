@@ -12,7 +12,7 @@ from pathlib import Path
 import gradio as gr
 from markdown_it import MarkdownIt
 
-from app.form import QUIET, Translated
+from app.form import QUIET, Translated, markup
 from app.words import Say
 
 COMMAND = "python paper/reproduce.py"
@@ -95,7 +95,7 @@ class PaperTab:
     def __init__(self, shown: Translated, root: Path):
         self.words, self.root = shown.words, root
         with shown.bind(gr.Tab("…", id="paper"), label="tab_paper") as self.tab:
-            self.view = gr.HTML(elem_id="paper")
+            self.view = markup(elem_id="paper")
 
     def connect(self, ui: gr.Radio) -> None:
         self.tab.select(self.page, ui, self.view, **QUIET)

@@ -8,7 +8,7 @@ import gradio as gr
 
 from app import render
 from app.examples import Example
-from app.form import QUIET, QueryForm, Translated, method_choices
+from app.form import QUIET, QueryForm, Translated, markup, method_choices
 from app.queries import reason
 from app.service import OutlineService
 from app.tabs.writing import visitor
@@ -105,8 +105,8 @@ class PreferencesTab:
             with gr.Row(elem_classes="go"):
                 self.run = gr.Button("…", variant="primary", elem_id="preferences-run")
                 shown.bind(self.run, value="run_preferences")
-            self.said = gr.HTML(self._said(start), elem_id="preferences-status")
-            self.view = gr.HTML(tokens(self.words.say("en"), start.result, start.lang), elem_id="tokens")
+            self.said = markup(self._said(start), elem_id="preferences-status")
+            self.view = markup(tokens(self.words.say("en"), start.result, start.lang), elem_id="tokens")
             self.looked = gr.State(start, time_to_live=3600)
         self.outputs = [self.said, self.view]
 
@@ -117,7 +117,7 @@ class PreferencesTab:
     def connect(self, ui: gr.Radio) -> None:
         self.run.click(self.compute, self.inputs(ui), self.outputs, **QUIET)
 
-    def compute(self, ui, looked: Looked, outline, method, *query, request: gr.Request) -> Iterator[tuple]:
+    def compute(self, request: gr.Request, ui, looked: Looked, outline, method, *query) -> Iterator[tuple]:
         """Both prompts over the outline, token by token."""
         looked.ui = ui
         try:

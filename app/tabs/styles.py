@@ -34,7 +34,7 @@ class StylesTab:
         asked = [ui, out.screen, self.method, form.topic, form.article, form.language, *form.sampling]
         gr.on([out.run.click, form.topic.submit], self.write, asked, out.outputs, **QUIET)
 
-    def write(self, ui, screen: Screen, method, topic, article, language, *sampling, request: gr.Request) -> Iterator:
+    def write(self, request: gr.Request, ui, screen: Screen, method, topic, article, language, *sampling) -> Iterator:
         """An outline in every style by the chosen method."""
 
         def start():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import gradio as gr
 
 from app import render
-from app.form import QUIET, Translated
+from app.form import QUIET, Translated, markup
 from app.jobs import Column, Job, Update
 from app.queries import reason
 from app.service import OutlineService
@@ -59,11 +59,11 @@ class OutlineBoard:
         with gr.Row(elem_classes="go") as self.buttons:
             self.run = shown.bind(gr.Button("…", variant="primary", elem_id=f"{prefix}run"), value=f"run_{tab}")
             self.halt = shown.bind(gr.Button("…", elem_id=f"{prefix}stop", interactive=False), value="stop")
-        self.said = gr.HTML(render.status(say, first) if first else "", elem_id=f"{prefix}status")
-        self.board = gr.HTML(
+        self.said = markup(render.status(say, first) if first else "", elem_id=f"{prefix}status")
+        self.board = markup(
             render.board(say, first or self.empty, by),
             elem_id=f"{prefix}board",
-            js_on_load=INSPECT if by == "method" else None,
+            script=INSPECT if by == "method" else None,
         )
         self.screen = gr.State(Screen(), time_to_live=3600, delete_callback=Screen.stop)
         self.outputs = [self.said, self.board, self.run, self.halt]
