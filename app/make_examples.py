@@ -81,7 +81,13 @@ def write(service: OutlineService, query: Query) -> Example:
     adapters = [service.adapter(method, query.style) for method in methods]
     texts = list(service.generator.stream([query.record()] * len(methods), adapters, max_new_tokens=query.tokens))[-1]
     columns = [
-        Column(m, query.style, text, at_limit=not ended, verdict=service.judge.judge(text, query.style, query.lang))
+        Column(
+            m,
+            query.style,
+            text,
+            at_limit=not ended,
+            verdict=service.judge.judge(text, query.style, query.lang, query.article),
+        )
         for m, text, ended in zip(methods, texts, texts.finished, strict=True)
     ]
     return Example(query.topic, query.article, query.style, query.lang, query.tokens, columns)

@@ -37,7 +37,7 @@ def token_preferences(
     K and τ are the published 20 and 0.15; a tiny vocabulary allows only smaller K.
     """
     tokenizer = generator.tokenizer
-    prompt = generator.prompt_ids(record)
+    prompt = generator.prompt_ids(record, adapter)
     encoded = tokenizer(outline, add_special_tokens=False, return_offsets_mapping=True)
     whole = encoded["input_ids"]
     ids = [*whole[:limit], tokenizer.eos_token_id] if len(whole) <= limit else whole[:limit]

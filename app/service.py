@@ -56,7 +56,7 @@ class OutlineService:
         self.adapters = {name: str(folder) for name, folder in adapters.items()}
         self.judge = Judge(self.axes, DATA)
         self.streams = Streams()
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device, self._axes_file = dtype, device, axes_file
         self.to_load = True  # a load is due: at the start, and when somebody asks after one that failed
         self._failed = 0.0
         self._jobs: deque[Job] = deque()
@@ -200,11 +200,16 @@ class OutlineService:
                 max_new_tokens=cut.tokens,
                 temperature=cut.temperature,
                 seed=cut.seed,
+                style_strength=cut.strength,
                 should_stop=job.should_stop,
+                reading=True,
             )
             finished = [False] * len(rows)
             for texts in stream:  # Outlines: texts, with what is known of each
                 seconds = time.monotonic() - began
+                if texts.read < 1:
+                    job.publish(Update("reading", columns=columns, seconds=seconds, query=cut, read=texts.read))
+                    continue
                 columns = [
                     column if column.text == written else replace(column, text=written, seconds=seconds)
                     for column, written in zip(columns, texts, strict=True)
@@ -216,7 +221,7 @@ class OutlineService:
                 replace(
                     column,
                     at_limit=state == "done" and not ended,
-                    verdict=self.judge.judge(column.text, column.style, cut.lang),
+                    verdict=self.judge.judge(column.text, column.style, cut.lang, cut.article),
                 )
                 for column, ended in zip(columns, finished, strict=True)
             ]
@@ -285,7 +290,7 @@ class OutlineService:
             try:
                 if job:
                     self._do(job)
-                else:
+                elif self._unread:
                     self._read_ahead()
             finally:
                 with self._lock:
@@ -330,7 +335,9 @@ class OutlineService:
         self.stage = "fetching"
         resolve_model(self.model)
         self.stage = "reading"
-        self.generator = OutlineGenerator(self.model, self.adapters, self._dtype, self._device)
+        self.generator = OutlineGenerator(
+            self.model, self.adapters, self._dtype, self._device, axes_file=self._axes_file
+        )
         self.stage = "warming"
         self._unread.extend((style, lang) for style, axis in self.axes.items() for lang in axis.phrases[style])
         self._read_ahead()

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 import threading
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from tkpo.attributes import LANGUAGES, Axis
 from tkpo.data import load_records
+from tkpo.data.subsets import article_length
 from tkpo.errors import TKPOError
-from tkpo.outline import length, obeys_detail, parse
+from tkpo.outline import headings_of, length, loops, obeys_detail, parse, words
 
 logger = logging.getLogger(__name__)
 
-HEADING = re.compile(r"\s*\d+(?:\.\d+)*[.、)]?\s*(\S.*)")
-UNIT = {"en": re.compile(r"[^\W_]+(?:['’-][^\W_]+)*"), "zh": re.compile(r"[^\W_]")}  # words; characters
-RUN = {"en": 4, "zh": 6}  # units that must come again in a row to count as a repetition
-REPEATED_SHARE = 0.2  # of an outline's units: from here on it is called a loop
+HEADING = re.compile(r"\s*(\d+(?:\.\d+)*)[.、)]?\s*\S.*")
+RUN = {"en": 4, "zh": 6}  # words or characters that must come again in a row to count as a repetition
+REPEATED_SHARE = 0.2  # of an outline: from here on it is called a loop
 
 
 @dataclass(frozen=True)
@@ -72,49 +70,50 @@ class Judge:
                 logger.warning("no style verdicts for %s: %s", axis, error)
         self.ready.set()
 
-    def judge(self, text: str, style: str, lang: str) -> Verdict:
-        """The verdict on an outline that was asked for in `style`."""
+    def judge(self, text: str, style: str, lang: str, article: str = "") -> Verdict:
+        """The verdict on an outline that was asked for in `style`. article: what it is of; none: a topic alone."""
         self.ready.wait(30)  # only the first visitor after a start may have to
         reads_as = probability = log_odds = None
         classifier = self._classifiers.get((self._axes[style].name, lang))
         if classifier and text:
-            shares = classifier.predict_proba(text)
-            reads_as, probability = max(shares.items(), key=lambda item: item[1])
-            asked = min(max(shares.get(style, 0.0), 1e-9), 1 - 1e-9)
-            log_odds = math.log(asked / (1 - asked))
+            reads_as, probability = max(classifier.predict_proba(text).items(), key=lambda item: item[1])
+            log_odds = classifier.log_odds([text], [style])[0]
         lines = [match for line in text.split("\n") if (match := HEADING.fullmatch(line))]
-        subs = sum("." in match[0].split()[0].rstrip(".") for match in lines)
+        subs = sum("." in match[1] for match in lines)
         try:
-            outline = parse(text)
+            kind = article_length({"input": article, "lang": lang}) if article else None
+            level, well_formed = obeys_detail(parse(text), style, lang, kind), True
         except ValueError:
             level, well_formed = None, False
-        else:
-            level, well_formed = obeys_detail(outline, style, lang), True
         return Verdict(
-            len(lines) - subs, subs, length(text, lang), well_formed, level, repeats(text, lang), reads_as,
-            probability, log_odds,
-        )  # fmt: skip
+            headings=len(lines) - subs,
+            sub_headings=subs,
+            words=length(text, lang),
+            well_formed=well_formed,
+            level=level,
+            repeats=repeats(text, lang),
+            reads_as=reads_as,
+            probability=probability,
+            log_odds=log_odds,
+        )
 
 
 def repeats(text: str, lang: str) -> bool:
-    """Whether an outline repeats itself: the same heading twice, or a fifth of it in runs that came before.
+    """Whether an outline repeats itself: its headings go round in circles, or a fifth of it are runs that came before.
 
-    Headings are compared without numbers, case and punctuation. A run is 4 words of English, 6 characters of Chinese.
+    A run is 4 words of English or 6 characters of Chinese within a heading.
     """
-    unit, size = UNIT[lang], RUN[lang]
-    lines = [match[1] if (match := HEADING.fullmatch(line)) else line for line in text.split("\n")]
-    headings = Counter(tuple(unit.findall(line.lower())) for line in lines)
-    del headings[()]
-    if any(count > 1 for count in headings.values()):
+    headings, size = [words(heading) for heading in headings_of(text)], RUN[lang]
+    if loops(headings):
         return True
-    units = [word for heading in headings.elements() for word in (*heading, None)]  # None: the end of a line
-    seen, covered = set(), set()
-    for start in range(len(units) - size + 1):
-        run = tuple(units[start : start + size])
-        if None in run:
-            continue
-        if run in seen:
-            covered.update(range(start, start + size))
-        seen.add(run)
-    words = sum(word is not None for word in units)
-    return bool(words) and len(covered) / words >= REPEATED_SHARE
+    seen, repeated, total = set(), 0, 0
+    for heading in headings:
+        covered = set()
+        for start in range(len(heading) - size + 1):
+            run = heading[start : start + size]
+            if run in seen:
+                covered.update(range(start, start + size))
+            seen.add(run)
+        repeated += len(covered)
+        total += len(heading)
+    return bool(total) and repeated / total >= REPEATED_SHARE

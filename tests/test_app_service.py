@@ -17,7 +17,7 @@ class Scripted:
     """A generator that writes `topic:adapter:step` and can be held, in place of the model."""
 
     class Texts(list):
-        finished = ()
+        finished, read = (), 1.0
 
     def __init__(self):
         from tkpo.presets import load_tokenizer
@@ -27,7 +27,7 @@ class Scripted:
         self.steps_written = 0
         self.fail = None
 
-    def stream(self, records, adapters, max_new_tokens, temperature, seed, should_stop):
+    def stream(self, records, adapters, max_new_tokens, should_stop, **_):
         for step in range(max_new_tokens):
             while not self.go.acquire(timeout=0.01):
                 if should_stop():
