@@ -1,20 +1,23 @@
 """Token preferences against a plain computation with transformers alone, in float64; and their HTML."""
 
+import dataclasses
 import html.parser
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from app import render
+from app.headline import headline
 from app.jobs import Column, Update
 from app.page import page_words
 from app.preferences import NUM_REJECTS, TAU, token_preferences
 from app.queries import Query
-from app.tabs.paper import paper_page
+from app.tabs.paper import about, files, paper_page
 from app.tokens import SHOWN_REJECTS, tokens
-from app.verdicts import Verdict
+from app.verdicts import Verdict, repeats
 from tkpo.attributes import get_axis
 from tkpo.data import make_record, user_message
 from tkpo.generation import OutlineGenerator
@@ -156,15 +159,24 @@ def test_identical_outlines_are_said_to_be_so():
 def test_tokens_carry_their_numbers(result):
     shown = tokens(EN, result, "en")
     found = Tags(shown)
-    assert not {"b", "i"} - {"b", "i"} and "script" not in found.tags
+    assert "script" not in found.tags
     data = [json.loads(value) for name, value in found.attributes if name == "data-token"]
     assert len(data) == len(result["tokens"])
     for (p, q, reward, rejects), token in zip(data, result["tokens"], strict=True):
         assert (p, q, reward) == pytest.approx((token["p"], token["p_flipped"], token["reward"]), rel=1e-3)
         assert len(rejects) == SHOWN_REJECTS
         assert min(q for _, _, q in rejects) >= max(r["p_flipped"] for r in token["rejects"][SHOWN_REJECTS:]) - 1e-4
-    tabbable = [value for name, value in found.attributes if name == "tabindex"]
+    marks = Tags(shown[shown.index('class="tokens"') :])
+    tabbable = [value for name, value in marks.attributes if name == "tabindex"]
     assert tabbable.count("0") == 1, "one stop for the Tab key, arrow keys within"
+
+
+def test_each_figure_says_what_it_is(result):
+    """On hover, on focus and to screen readers: each names the element that explains it."""
+    for ui in ("en", "zh"):
+        attributes = Tags(tokens(WORDS.say(ui), result, "en")).attributes
+        described = [value for name, value in attributes if name == "aria-describedby"]
+        assert len(described) == 4 and set(described) <= {value for name, value in attributes if name == "id"}
 
 
 def test_an_outlines_lines_show_number_and_level():
@@ -175,6 +187,61 @@ def test_an_outlines_lines_show_number_and_level():
         "line plain",
     ]
     assert Tags(shown).words == "1.One1.1Subno number"
+
+
+def test_a_number_waits_for_its_words_while_an_outline_grows():
+    growing = lambda text: Tags(render.outline(text, growing=True)).words  # noqa: E731
+    assert growing("1. One\n2") == growing("1. One\n2. ") == growing("1. One\n   1.1") == "1.One"
+    assert growing("1. One\n2. T") == "1.One2.T"
+    assert Tags(render.outline("1. One\n2")).words == "1.One2", "what is finished is shown as it is"
+
+
+def test_a_verdict_is_a_bar_with_its_number_and_a_loop_gets_no_praise():
+    verdict = Verdict(4, 0, 20, True, True, False, "literary", 0.95, 2.94)
+    query = Query("Salt", "", "literary", {"literary": AXIS}, "en", 0.0, 0, 160)
+    shown = lambda v: render.board(
+        EN, Update("done", columns=[Column("sft", "literary", "1. A", verdict=v)], query=query)
+    )
+    good = shown(verdict)
+    assert 'aria-label="log-odds of the style asked for: +2.9"' in good and "level as asked" in good
+    assert "inset-inline-start:50.0%;width:29.4%" in good, "five log-odds fill the half that the style is on"
+    other = shown(dataclasses.replace(verdict, reads_as="objective", log_odds=-2.94, level=False))
+    assert "inset-inline-start:20.6%;width:29.4%" in other and "level not as asked" in other
+    loop = shown(dataclasses.replace(verdict, repeats=True))
+    assert "repeats itself" in loop and "+2.9" not in loop and "reads as" not in loop
+
+
+@pytest.mark.parametrize(
+    ("text", "lang", "found"),
+    [
+        ("1. Salt in the sea\n2. Bread and its crust", "en", False),
+        ("1. The salt trade\n2. The salt trade\n3. The salt trade.\n4. The Salt trade", "en", True),
+        ("1. salt of the earth and salt of the earth and salt of the earth", "en", True),
+        ("1. 盐的来历\n2. 盐的贸易", "zh", False),
+        ("1. 盐的历史与盐的未来\n2. 盐的历史与盐的未来\n3. 盐的历史与盐的未来\n4. 盐的历史与盐的未来", "zh", True),
+        ("", "en", False),
+    ],
+)
+def test_loops_are_found(text, lang, found):
+    assert repeats(text, lang) is found
+
+
+@pytest.mark.parametrize("ui", ["en", "zh"])
+def test_every_figure_and_table_says_how_to_read_it(ui):
+    root = Path(__file__).parent.parent
+    shown = [*files(root / "figures", (".png",)), *files(root / "paper" / "tables", (".md",))]
+    assert shown and all(about(WORDS.say(ui), path) for path in shown)
+
+
+def test_the_first_sentence_takes_its_numbers_from_the_tables(tmp_path):
+    assert "%" not in headline(EN, tmp_path), "without tables it claims nothing"
+    (tmp_path / "table3.csv").write_text("method,× DPO\nDPO (TRL),1.00\nTKPO,0.40\nTKPO,0.30\nTKPO (other),0.9\n")
+    (tmp_path / "table2.csv").write_text(
+        "method,control\nzero-shot,50.0\nzero-shot,40.0\nDPO,80.0 ± 1.0\nDPO,90.0\nTKPO,71 ± 9\nTKPO,77\nTKPO,\n"
+    )
+    assert "took 35 % of DPO's time" in headline(EN, tmp_path)
+    assert "74 % read as the style asked for; with DPO 85 %, with the base model 45 %" in headline(EN, tmp_path)
+    assert "35 %" in headline(WORDS.say("zh"), tmp_path)
 
 
 def test_the_paper_tab_shows_what_is_there_or_how_to_make_it(tmp_path):
