@@ -199,9 +199,10 @@ def test_a_number_waits_for_its_words_while_an_outline_grows():
 def test_a_verdict_is_a_bar_with_its_number_and_a_loop_gets_no_praise():
     verdict = Verdict(4, 0, 20, True, True, False, "literary", 0.95, 2.94)
     query = Query("Salt", "", "literary", {"literary": AXIS}, "en", 0.0, 0, 160)
-    shown = lambda v: render.board(
-        EN, Update("done", columns=[Column("sft", "literary", "1. A", verdict=v)], query=query)
-    )
+
+    def shown(v):
+        return render.board(EN, Update("done", columns=[Column("sft", "literary", "1. A", verdict=v)], query=query))
+
     good = shown(verdict)
     assert 'aria-label="log-odds of the style asked for: +2.9"' in good and "level as asked" in good
     assert "inset-inline-start:50.0%;width:29.4%" in good, "five log-odds fill the half that the style is on"
