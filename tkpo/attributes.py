@@ -151,6 +151,29 @@ def load_axes(path: str | Path | None = None) -> dict[str, Axis]:
     Raises TKPOError that names the file and the entry when the table does not hold together.
     """
     path = Path(path or DEFAULT_TABLE)
+    table = _read_table(path)
+    default = {} if path == DEFAULT_TABLE else _read_table(DEFAULT_TABLE)
+    instructions, after, topics, phrases = (
+        {**(default.get(key) or {}), **(table.get(key) or {})}
+        for key in ("instruction", "instruction_after", "topic", "attributes")
+    )
+    slots = (("instruction", "{attribute}", instructions), ("instruction_after", "{attribute}", after))
+    for kind, slot, texts in (*slots, ("topic", "{topic}", topics)):
+        for lang, text in texts.items():
+            if not isinstance(text, str) or text.count(slot) != 1:
+                raise TKPOError(f"{path}: {kind} {lang!r} must be text with the slot {slot} exactly once")
+    for attribute, words in phrases.items():
+        if not isinstance(words, dict) or not all(isinstance(w, str) and w.strip() for w in [*words.values()] or [""]):
+            raise TKPOError(f"{path}: attribute {attribute!r} needs a phrase a language, e.g. {{en: casual}}")
+    axes = {}
+    for name, flip in table["axes"].items():
+        _check_flip(path, name, flip, phrases)
+        axes[name] = Axis(name, dict(flip), {a: phrases[a] for a in flip}, instructions, after, topics)
+    return axes
+
+
+def _read_table(path: Path) -> dict:
+    """The axes table as YAML has it; TKPOError if it cannot be read or its keys do not hold what they should."""
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -162,41 +185,34 @@ def load_axes(path: str | Path | None = None) -> dict[str, Axis]:
     for key in ("instruction", "instruction_after", "topic", "attributes"):
         if not isinstance(table.get(key) or {}, dict):
             raise TKPOError(f"{path}: {key!r} must hold keys and values, not {table[key]!r}")
-    default = {} if path == DEFAULT_TABLE else yaml.safe_load(DEFAULT_TABLE.read_text(encoding="utf-8"))
-    instructions = {**default.get("instruction", {}), **(table.get("instruction") or {})}
-    after = {**default.get("instruction_after", {}), **(table.get("instruction_after") or {})}
-    topics = {**default.get("topic", {}), **(table.get("topic") or {})}
-    phrases = {**default.get("attributes", {}), **(table.get("attributes") or {})}
-    slots = (("instruction", "{attribute}", instructions), ("instruction_after", "{attribute}", after))
-    for kind, slot, texts in (*slots, ("topic", "{topic}", topics)):
-        for lang, text in texts.items():
-            if not isinstance(text, str) or text.count(slot) != 1:
-                raise TKPOError(f"{path}: {kind} {lang!r} must be text with the slot {slot} exactly once")
-    for attribute, words in phrases.items():
-        if not isinstance(words, dict) or not all(isinstance(w, str) and w.strip() for w in [*words.values()] or [""]):
-            raise TKPOError(f"{path}: attribute {attribute!r} needs a phrase a language, e.g. {{en: casual}}")
-    axes = {}
-    for name, flip in table["axes"].items():
-        if not isinstance(flip, dict) or len(flip) < 2:
-            raise TKPOError(f"{path}: axis {name!r} needs at least two attributes with their flips")
-        for attribute in flip:
-            if attribute not in phrases:
-                raise TKPOError(f"{path}: axis {name!r}: attribute {attribute!r} has no entry in `attributes`")
-        for attribute, other in flip.items():
-            if other not in list(flip) or other == attribute:
-                raise TKPOError(
-                    f"{path}: axis {name!r}: {attribute!r} must flip to another attribute of the axis, not to {other!r}"
-                )
-            missing = set(phrases[attribute]) - set(phrases[other])
-            if missing:
-                raise TKPOError(
-                    f"{path}: {other!r} lacks a phrase in {', '.join(sorted(missing))}, which {attribute!r} has"
-                )
-            for lang, phrase in phrases[attribute].items():
-                if phrase.casefold() == phrases[other][lang].casefold():
-                    raise TKPOError(f"{path}: {attribute!r} and {other!r} have the same phrase {phrase!r} in {lang}")
-        axes[name] = Axis(name, dict(flip), {a: phrases[a] for a in flip}, instructions, after, topics)
-    return axes
+    return table
+
+
+def _check_flip(path: Path, name: str, flip: dict[str, str], phrases: dict[str, dict[str, str]]) -> None:
+    """TKPOError unless each attribute of an axis flips to another one, whose phrases are others in the same languages.
+
+    path, name: of the table and the axis, for the error.
+    flip: attribute → the attribute that it flips to.
+    phrases: attribute → language → phrase.
+    """
+    if not isinstance(flip, dict) or len(flip) < 2:
+        raise TKPOError(f"{path}: axis {name!r} needs at least two attributes with their flips")
+    for attribute in flip:
+        if attribute not in phrases:
+            raise TKPOError(f"{path}: axis {name!r}: attribute {attribute!r} has no entry in `attributes`")
+    for attribute, other in flip.items():
+        if other not in list(flip) or other == attribute:
+            raise TKPOError(
+                f"{path}: axis {name!r}: {attribute!r} must flip to another attribute of the axis, not to {other!r}"
+            )
+        missing = set(phrases[attribute]) - set(phrases[other])
+        if missing:
+            raise TKPOError(
+                f"{path}: {other!r} lacks a phrase in {', '.join(sorted(missing))}, which {attribute!r} has"
+            )
+        for lang, phrase in phrases[attribute].items():
+            if phrase.casefold() == phrases[other][lang].casefold():
+                raise TKPOError(f"{path}: {attribute!r} and {other!r} have the same phrase {phrase!r} in {lang}")
 
 
 def get_axis(name: str, path: str | Path | None = None) -> Axis:

@@ -65,15 +65,7 @@ def patch(target: PreTrainedModel | type[PreTrainedModel], settings: TKPOSetting
     """
     is_class = isinstance(target, type)
     name = target.__name__ if is_class else type(target).__name__
-    if "tkpo" in vars(target):
-        raise TKPOError(f"{name} is patched already: undo that patch first")
-    for method in ("get_decoder", "get_output_embeddings"):
-        if not hasattr(target, method):
-            raise TKPOError(f"TKPO trains causal language models of transformers; {name} has no {method}()")
-    if is_class and settings and settings.flips and settings.flipper is None:
-        raise TKPOError("a patched class needs settings with a flipper: its trainers give no flipped inputs")
-    if not is_class:
-        check_covered(target)
+    _check_target(target, name, settings)
     own = "forward" in vars(target)
     plain = target.forward
     call_plain = plain if is_class else lambda _, *args, **kwargs: plain(*args, **kwargs)
@@ -117,6 +109,19 @@ def patch(target: PreTrainedModel | type[PreTrainedModel], settings: TKPOSetting
         del target.tkpo, target.accepts_loss_kwargs
 
     return undo
+
+
+def _check_target(target: PreTrainedModel | type[PreTrainedModel], name: str, settings: TKPOSettings | None) -> None:
+    """TKPOError, by `name`, unless the model or class can be patched."""
+    if "tkpo" in vars(target):
+        raise TKPOError(f"{name} is patched already: undo that patch first")
+    for method in ("get_decoder", "get_output_embeddings"):
+        if not hasattr(target, method):
+            raise TKPOError(f"TKPO trains causal language models of transformers; {name} has no {method}()")
+    if isinstance(target, type) and settings and settings.flips and settings.flipper is None:
+        raise TKPOError("a patched class needs settings with a flipper: its trainers give no flipped inputs")
+    if not isinstance(target, type):
+        check_covered(target)
 
 
 def check_covered(model: PreTrainedModel) -> None:

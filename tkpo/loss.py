@@ -211,22 +211,12 @@ def tkpo_loss(
     Each sequence's cross-entropy is the mean over its response tokens. Raises ValueError for wrong shapes.
     """
     _check_reduction(reduction)
-    if hidden.shape[:2] != labels.shape or hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f"expected hidden (B, T, H), labels (B, T), weight (V, H); got {tuple(hidden.shape)}, "
-            f"{tuple(labels.shape)}, {tuple(weight.shape)}"
-        )
+    _check_shapes(hidden, labels, weight, reject_tokens, flipped_states)
     mask = labels != IGNORE_INDEX
     rows = mask.nonzero()[:, 0] if sequence_ids is None else sequence_ids[mask]
     batch = len(labels) if sequence_ids is None else int(sequence_ids.max()) + 1
     states, gold = hidden[mask], labels[mask].unsqueeze(-1)
     with_preference = reject_tokens is not None and preference_weight != 0
-    for name, value in (("reject tokens", reject_tokens), ("flipped states", flipped_states)):
-        if value is not None and value.shape[:1] != rows.shape:
-            raise ValueError(
-                f"{len(rows)} response positions but {name} for {value.shape[0]}: the flipped sequences must hold the "
-                "same responses"
-            )
     candidates = torch.cat([gold, reject_tokens], dim=-1) if with_preference else gold
     cross_entropy, log_rewards, wins = TokenTerms.apply(states, weight, candidates, tau, chunk_size, softcap)
 
@@ -249,6 +239,24 @@ def tkpo_loss(
     loss = terms[0] if len(rows) else terms[0] + hidden.sum() * 0
     detached = (term.detach() for term in (*terms[1:], *shares, present.sum()))
     return TKPOLoss(loss, *detached, token_losses=cross_entropy + others[rows])
+
+
+def _check_shapes(
+    hidden: Tensor, labels: Tensor, weight: Tensor, reject_tokens: Tensor | None, flipped_states: Tensor | None
+) -> None:
+    """ValueError unless the tensors of `tkpo_loss` have the shapes that its docstring gives."""
+    if hidden.shape[:2] != labels.shape or hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"expected hidden (B, T, H), labels (B, T), weight (V, H); got {tuple(hidden.shape)}, "
+            f"{tuple(labels.shape)}, {tuple(weight.shape)}"
+        )
+    count = int((labels != IGNORE_INDEX).sum())
+    for name, value in (("reject tokens", reject_tokens), ("flipped states", flipped_states)):
+        if value is not None and value.shape[:1] != (count,):
+            raise ValueError(
+                f"{count} response positions but {name} for {value.shape[0]}: the flipped sequences must hold the "
+                "same responses"
+            )
 
 
 def prompt_contrast_loss(

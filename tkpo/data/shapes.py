@@ -143,16 +143,7 @@ def record_faults(row: dict, pairs: bool = False, needs_output: bool = True) -> 
     if "instruction" not in row and not any(key in row for key in outputs):
         yield f"no field 'instruction'; its fields are {', '.join(map(repr, row)) or 'none'}, and a record is {SHAPES}"
         return
-    for key in ("instruction", *outputs):
-        if key not in row:
-            yield f"no field {key!r}"
-        elif not isinstance(row[key], str):
-            yield f"field {key!r} is {type(row[key]).__name__}, not text"
-        elif not row[key].strip():
-            yield f"field {key!r} is empty"
-    for key in ("input", "system"):
-        if not isinstance(row.get(key) or "", str):
-            yield f"field {key!r} is {type(row[key]).__name__}, not text"
+    yield from _text_faults(row, outputs)
     history = row.get("history") or []
     if not isinstance(history, list) or not all(
         isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(t, str) for t in turn) for turn in history
@@ -163,6 +154,25 @@ def record_faults(row: dict, pairs: bool = False, needs_output: bool = True) -> 
             yield f"field {key!r} is not supported: TKPO reads text alone"
     if pairs and row.get("chosen") is not None and row.get("chosen") == row.get("rejected"):
         yield "chosen and rejected are the same text"
+    yield from _label_faults(row)
+
+
+def _text_faults(row: dict, outputs: tuple[str, ...]) -> Iterator[str]:
+    """Of an Alpaca row's texts; `outputs` are the fields of its responses."""
+    for key in ("instruction", *outputs):
+        if key not in row:
+            yield f"no field {key!r}"
+        elif not isinstance(row[key], str):
+            yield f"field {key!r} is {type(row[key]).__name__}, not text"
+        elif not row[key].strip():
+            yield f"field {key!r} is empty"
+    for key in ("input", "system"):
+        if not isinstance(row.get(key) or "", str):
+            yield f"field {key!r} is {type(row[key]).__name__}, not text"
+
+
+def _label_faults(row: dict) -> Iterator[str]:
+    """Of the fields that say what a row is, all of which may be missing."""
     for key, choices in CHOICES.items():
         if key in row and row[key] not in choices:
             yield f"field {key!r} is {row[key]!r}, not one of {', '.join(choices)} (or leave it out)"
