@@ -7,9 +7,9 @@ import pytest
 from random_adapters import random_adapter
 
 from tkpo.attributes import get_axis
-from tkpo.data import make_record
+from tkpo.data import make_record, records_digest
 from tkpo.errors import TKPOError
-from tkpo.evaluation import evaluate, predict, records_digest
+from tkpo.evaluation import evaluate, predict
 from tkpo.generation import OutlineGenerator
 from tkpo.sampling import Decoding
 

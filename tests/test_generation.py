@@ -301,7 +301,7 @@ def test_style_strength_zero_reads_no_flipped_prompt(generator, records, monkeyp
 
 def test_the_flip_of_a_record_in_other_words(generator):
     record = {"instruction": "Outline this. Style: LITERARY", "input": "An objective text"}
-    assert generator.prompts.flipped(record)["instruction"] == "Outline this. Style: objective"
+    assert generator.prompts.flipped(record)["instruction"] == "Outline this. Style: OBJECTIVE"
     with pytest.raises(TKPOError, match="no attribute phrase"):
         generator.prompts.flipped({"instruction": "Outline this.", "input": "A text"})
 

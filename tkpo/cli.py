@@ -125,7 +125,7 @@ def _generate(args) -> None:
     article = _read_article(args.article) if args.article else None
     topic = (args.topic or "").strip()
     if not topic and not article:
-        raise TKPOError("give --topic, --article, both, or --input: there is nothing to outline")
+        raise TKPOError("give --topic, --article or both, or --input: there is nothing to outline")
     columns, folders = _columns(args, ["sft", "dpo", "tkpo"])
     records = [make_record(c.axis, c.style, topic or topic_of(article), article, args.lang) for c in columns]
     if args.engine == "vllm":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tkpo.attributes import get_axes
-from tkpo.data import annotate, load_records, sample_order, user_message
+from tkpo.data import annotate, load_records, records_digest, sample_order, user_message
 from tkpo.environment import environment
 from tkpo.errors import TKPOError
 from tkpo.generation import OutlineGenerator
@@ -55,14 +54,6 @@ def test_records(
 
 
 test_records.__test__ = False  # a name pytest would collect
-
-
-def records_digest(records: list[dict]) -> str:
-    """SHA-256 (hex) over all fields of the records, in their order."""
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(json.dumps(record, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def predict(

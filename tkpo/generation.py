@@ -144,7 +144,7 @@ class OutlineGenerator:
         """How many of the record's prompt ids begin every prompt of its instruction; never all of them."""
         instruction = record["instruction"]
         if instruction not in self._instructions:
-            self._instructions[instruction] = self.prompts.ids(instruction)
+            self._instructions[instruction] = self.prompts.prompt({"instruction": instruction}).ids
         pairs = zip(prompt[:-1], self._instructions[instruction], strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 

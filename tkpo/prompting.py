@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from tkpo.attributes import Axis, axis_of, load_axes
-from tkpo.data import PROMPT_ORDERS, arrange, user_message
+from tkpo.data import PROMPT_ORDERS, arrange
+from tkpo.data.fit import article_span, encode_text, prompt_text
+from tkpo.data.prompts import find_attribute, flip_record
 from tkpo.errors import TKPOError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ class PromptWriter:
         if record.get("attribute"):
             return axis_of(record["attribute"], self.axes_file)
         for axis in axes.values():
-            if axis.find(record["instruction"]) or axis.find(user_message(record)):
+            if find_attribute(record, axis):
                 return axis
         raise TKPOError(f"no attribute phrase of any axis in the instruction {record['instruction'][:120]!r}")
 
@@ -53,66 +55,26 @@ class PromptWriter:
         if prompt_order == INSTRUCTION_FIRST:
             return record
         axis = self.axis(record)
-        if not (record.get("attribute") and record.get("lang")) and (found := axis.find(record["instruction"])):
-            record = {**record, "attribute": found[0], "lang": found[1]}
+        if not (record.get("attribute") and record.get("lang")) and (found := find_attribute(record, axis)):
+            record = {**record, "attribute": found.attribute, "lang": found.lang}
         return arrange(record, axis, prompt_order)
 
     def flipped(self, record: dict) -> dict:
-        """The record that asks for the attribute which its own flips to; TKPOError where it asks for none."""
+        """The record whose prompt asks for the attribute that its own flips to; TKPOError where it asks for none."""
         axis = self.axis(record)
-        attribute, lang, text = record.get("attribute"), record.get("lang"), record["instruction"]
-        for after in (False, True):
-            if (
-                attribute in axis.flip
-                and lang in axis.instructions
-                and text == axis.instruction(attribute, lang, after)
-            ):
-                other = axis.flip[attribute]
-                return {**record, "attribute": other, "instruction": axis.instruction(other, lang, after)}
-        field = "instruction" if axis.find(text) or not record.get("input") else "input"
-        text, _, other = axis.flip_text(record[field])
-        return {**record, "attribute": other, field: text}
+        flipped = flip_record(record, axis)
+        return {**flipped, "attribute": axis.flip[find_attribute(record, axis).attribute]}
 
     def prompt(self, record: dict) -> Prompt:
         """The record's prompt as it stands; of its article at most MAX_ARTICLE_TOKENS are kept, the tail is cut."""
-        message = user_message(record)
-        start, end = self._article(record, message)
-        spans = []
-        article = message[start:end]
-        if len(article.encode()) > MAX_ARTICLE_TOKENS:  # a token has a byte at the least
-            spans = self.tokenizer(article, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        field, start, end = article_span(record, load_axes(self.axes_file).values())
+        text, spans = record[field], []
+        if len(text[start:end].encode()) > MAX_ARTICLE_TOKENS:  # a token has a byte at the least
+            article = self.tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
+            spans = article["offset_mapping"]
         cut = max(0, len(spans) - MAX_ARTICLE_TOKENS)
         if cut:
-            kept = message[start : start + spans[MAX_ARTICLE_TOKENS - 1][1]].rstrip()
-            message = message[:start] + kept + message[end:]
+            kept = text[: start + spans[MAX_ARTICLE_TOKENS - 1][1]].rstrip()
+            record = {**record, field: kept + text[end:]}
             logger.warning("the article has %d tokens: its last %d were cut", len(spans), cut)
-        return Prompt(self.ids(message), cut)
-
-    def ids(self, message: str) -> list[int]:
-        """Token ids of a user's message, up to where the answer begins."""
-        chat = [{"role": "user", "content": message}]
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _article(self, record: dict, message: str) -> tuple[int, int]:
-        """Where the article stands in the message: what is not the instruction, wherever that is."""
-        instruction, article = record["instruction"], record.get("input") or ""
-        if not article:
-            return self._article_in(message)
-        if record.get("prompt_order") == ARTICLE_FIRST:
-            return 0, len(article)
-        if len(instruction) > len(article):  # the article is in `instruction`, and `input` asks for the outline
-            return 0, len(instruction)
-        return len(message) - len(article), len(message)
-
-    def _article_in(self, message: str) -> tuple[int, int]:
-        """Of a message that is all in one: the longer side of the line that has the attribute's phrase."""
-        for axis in load_axes(self.axes_file).values():
-            if not (found := axis.find(message)):
-                continue
-            phrase = axis.phrases[found[0]][found[1]]
-            at = message.casefold().index(phrase.casefold())
-            line_start, line_end = message.rfind("\n", 0, at) + 1, message.find("\n", at)
-            after = line_end if line_end >= 0 else at + len(phrase)
-            return (0, line_start) if line_start > len(message) - after else (after, len(message))
-        return 0, len(message)
+        return Prompt(encode_text(prompt_text(record, self.tokenizer), self.tokenizer), cut)

@@ -64,8 +64,9 @@ def encode_text(text: str, tokenizer) -> list[int]:
 def fit_prompt(record: dict, tokenizer, max_tokens: int, axes: Iterable[Axis] | None = None) -> Fitted:
     """A record's prompt in at most `max_tokens` tokens: where it has more, the tail of its article is cut.
 
-    The instruction stays whole wherever it stands. The article is the record's `input`; where all stands in one
-    text, it is the longer of what comes before and after the line with the attribute phrase.
+    The instruction stays whole wherever it stands. The article is the record's `input`; where the attribute phrase
+    stands in `input` too, the article is `instruction` if that is the longer text, else the longer of what comes
+    before and after the line with the phrase; the same where all stands in `instruction`.
 
     record: with or without output, which is not looked at.
     tokenizer: whose tokens and chat template.
@@ -110,6 +111,10 @@ def article_span(record: dict, axes: Iterable[Axis]) -> tuple[str, int, int]:
     place, found = next((found for found in places if found), ((None, None), None))
     if place != (key, None):  # the attribute stands in another text
         return key, 0, len(text)
+    if key == "input" and len(record["instruction"]) > len(text):  # the article is in `instruction`, before its request
+        return "instruction", 0, len(record["instruction"])
+    if key == "input" and len(record["instruction"]) > len(text):  # `input` asks for the outline of what is above
+        return "instruction", 0, len(record["instruction"])
     line_start = text.rfind("\n", 0, found.start) + 1
     line_end = text.find("\n", found.end)
     line_end = len(text) if line_end < 0 else line_end
