@@ -99,6 +99,17 @@ def by_transformers(adapters):
     return made
 
 
+def test_dora_adapters_are_written_apart_in_one_call(adapters, records, tmp_path):
+    """PEFT mixes no DoRA adapter with others in a batch; each row is what its adapter writes alone, merged."""
+    mixed = {**adapters, "dora": random_adapter(tmp_path / "dora", 5, use_dora=True)}
+    made = OutlineGenerator("tiny", mixed, "float32", "cpu")
+    rows, names = [records[0], records[1], records[0], records[1], records[1]], ["dora", "base", "one", "dora", "one"]
+    texts = made.generate(rows, names, max_new_tokens=12, guard="none")
+    for record, name, text in zip(rows, names, texts, strict=True):
+        expected = reference(record, mixed.get(name), tokens=12)
+        assert text == load_tokenizer("tiny").decode(expected, skip_special_tokens=True).strip()
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_the_quick_decoder_and_transformers_write_the_same(generator, by_transformers, records, temperature):
     rows, names = records * 2, ["one", "two", "base", "one"]

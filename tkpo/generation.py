@@ -362,12 +362,18 @@ class TransformersDecoder:
     def decode(
         self, prompts, adapters, choose, end, max_new_tokens, check, slots=None, shared=None, progress=lambda _: None
     ) -> None:
-        slots = slots or len(prompts)
-        for start in range(0, len(prompts), slots):
-            part = slice(start, start + slots)
-            own = lambda logits, rows, start=start: choose(logits, [start + row for row in rows])  # noqa: E731
+        for part in self._batches(adapters, slots or len(prompts)):
+            own = lambda logits, rows, part=part: choose(logits, [part[row] for row in rows])  # noqa: E731
             if not check():
-                self._decode(prompts[part], adapters[part], own, end, max_new_tokens, check)
+                own_prompts, own_adapters = ([whole[row] for row in part] for whole in (prompts, adapters))
+                self._decode(own_prompts, own_adapters, own, end, max_new_tokens, check)
+
+    def _batches(self, adapters: list[str], slots: int) -> list[list[int]]:
+        """The rows that are written together: at most `slots`, each DoRA adapter's apart, as PEFT cannot mix those."""
+        configs = self.model.peft_config if isinstance(self.model, PeftModel) else {}
+        apart = [name if name in configs and getattr(configs[name], "use_dora", False) else None for name in adapters]
+        groups = [[row for row, own in enumerate(apart) if own == name] for name in dict.fromkeys(apart)]
+        return [group[start : start + slots] for group in groups for start in range(0, len(group), slots)]
 
     def _decode(self, prompts, adapters, choose, end, max_new_tokens, check) -> None:
         width = max(map(len, prompts))
