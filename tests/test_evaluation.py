@@ -145,3 +145,66 @@ def test_predictions_say_how_they_were_made(generator, tmp_path, monkeypatch):
     for bad in (tmp_path, tmp_path / "a.json" / "c.json"):
         with pytest.raises(TKPOError, match="cannot write"):
             evaluate(generator, "adapter", bad, data, **options)
+
+
+# ---- a user's own axis
+
+MOOD = """
+attributes: {merry: {en: merry}, grim: {en: grim}}
+axes: {mood: {merry: grim, grim: merry}}
+"""
+
+
+@pytest.fixture
+def mood(tmp_path):
+    """A folder with an axes table, test records and training records of its own."""
+    (tmp_path / "mood.yaml").write_text(MOOD, encoding="utf-8")
+    outlines = {"merry": "1. Laughter at noon\n2. A dance", "grim": "1. Ashes at night\n2. A grave"}
+    rows = [
+        {"instruction": f"Be {mood}.", "input": f"Topic: day {i}", "output": outlines[mood]}
+        for i in range(3)
+        for mood in outlines
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "test.json").write_text(json.dumps(rows[:2]), encoding="utf-8")
+    return tmp_path
+
+
+def evaluate_mood(generator, folder, name="scores.json", **options):
+    return evaluate(
+        generator,
+        "base",
+        folder / name,
+        str(folder / "test.json"),
+        axis="mood",
+        axes_file=str(folder / "mood.yaml"),
+        max_new_tokens=4,
+        **options,
+    )
+
+
+def test_an_own_axis_without_training_outlines_is_scored_without_control(generator, mood, caplog):
+    result = evaluate_mood(generator, mood)
+    assert "without control" in caplog.text and "--style-data" in caplog.text and "mood" in caplog.text
+    assert result["scores"]["en"]["control"] is None and result["scores"]["en"]["rouge1"] is not None
+    assert [row["attribute"] for row in result["samples"]] == ["merry", "grim"]
+    assert {row["axis"] for row in result["samples"]} == {"mood"}
+
+
+def test_an_own_axis_with_training_outlines_has_control(generator, mood, caplog):
+    result = evaluate_mood(generator, mood, style_data=str(mood / "train.json"))
+    assert "without control" not in caplog.text
+    assert result["settings"]["style_data"] == str(mood / "train.json")
+    assert result["scores"]["en"]["reference_control"] == 100
+    assert 0 <= result["scores"]["en"]["control"] <= 100
+
+
+def test_style_data_that_lacks_a_style_is_refused_before_a_word_is_written(generator, mood):
+    rows = json.loads((mood / "train.json").read_text(encoding="utf-8"))
+    (mood / "merry.json").write_text(json.dumps(rows[::2]), encoding="utf-8")
+    with pytest.raises(
+        TKPOError, match=r"record 2 asks for 'grim' \(axis mood, language en\).*merry\.json has no outline"
+    ):
+        evaluate_mood(generator, mood, style_data=str(mood / "merry.json"))
+    with pytest.raises(TKPOError, match=r"none\.json"):
+        evaluate_mood(generator, mood, style_data=str(mood / "none.json"))

@@ -373,6 +373,11 @@ def _add_evaluate(commands) -> None:
     p.add_argument("--lang", choices=("en", "zh"), help="default: both")
     p.add_argument("--limit", type=int, metavar="N", help="so many samples a language, chosen by hash")
     p.add_argument("--data-dir", help="folder with dataset_info.json; default data")
+    p.add_argument(
+        "--style-data",
+        metavar="FILE",
+        help="training file of the style classifier; default: the axis's data set. With neither, no score *control*",
+    )
     _model_flags(p)
     p.add_argument("--batch-size", type=int, default=8, metavar="N", help="default 8")
     _decoding_flags(p)
@@ -389,7 +394,7 @@ def _evaluate(args) -> None:
     decoding = dataclasses.asdict(_decoding(args))
     adapters = {} if args.adapter == BASE else {"adapter": args.adapter}
     generator = _generator(args, adapters)
-    names = ("dataset", "axis", "split", "lang", "limit", "data_dir", "batch_size", "axes_file")
+    names = ("dataset", "axis", "split", "lang", "limit", "data_dir", "batch_size", "axes_file", "style_data")
     options = {name: getattr(args, name) for name in names}
     adapter = next(iter(adapters), BASE)
     result = evaluate(generator, adapter, args.output, **options, adapter_source=args.adapter, **decoding)
@@ -419,8 +424,17 @@ def _add_data(commands) -> None:
     build.add_argument("--out", default="data", help="folder to write; default data")
     build.add_argument("--axes-file", help="YAML table of attributes and axes of your own")
     build.set_defaults(run=_data_build)
-    check = actions.add_parser("check", help="say what is wrong with corpus, Alpaca, pairwise or dataset_info files")
+    check = actions.add_parser(
+        "check",
+        help="say what is wrong with corpus, record, pairwise or dataset_info files",
+        description="Names each fault with its file and record. With --axis, each record must also ask for one of the "
+        "axis's attributes; with --model, the lengths in its tokens are shown, and what would be cut.",
+    )
     check.add_argument("paths", nargs="+", metavar="PATH", help="file, or folder whose .json and .jsonl are read")
+    check.add_argument("--axis", help="axis of the records; several with commas")
+    check.add_argument("--axes-file", metavar="FILE", help="YAML table of attributes and axes of your own")
+    check.add_argument("--model", help="preset, folder or hub id whose tokens are counted")
+    check.add_argument("--max-length", type=int, default=4096, metavar="N", help="tokens of a sample; default 4096")
     check.set_defaults(run=_data_check)
 
 
@@ -432,11 +446,20 @@ def _data_build(args) -> None:
 
 
 def _data_check(args) -> int:
+    from tkpo.attributes import get_axes, load_axes
     from tkpo.data import check
 
-    count, faults = check(args.paths)
+    if args.max_length < 1:
+        raise TKPOError("--max-length must be at least 1")
+    axes = get_axes(args.axis, args.axes_file) if args.axis else load_axes(args.axes_file) if args.axes_file else None
+    count, faults = check(args.paths, axes)
     for fault in faults:
         print(fault)
+    if args.model and not faults:
+        from tkpo.encoding import measure
+        from tkpo.presets import load_tokenizer
+
+        print(measure(args.paths, load_tokenizer(args.model), args.max_length, axes))
     print(f"{count} records, {len(faults)} faults")
     return 1 if faults else 0
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
-from tkpo.attributes import get_axes
-from tkpo.data import annotate, load_records, records_digest, sample_order, user_message
+from tkpo.attributes import Axis, get_axes
+from tkpo.data import has_dataset, load_records, records_digest, sample_order, user_message
 from tkpo.environment import environment
 from tkpo.errors import TKPOError
 from tkpo.generation import OutlineGenerator
 from tkpo.sampling import Decoding
 from tkpo.scores import score_outlines, summary
+
+logger = logging.getLogger(__name__)
 
 
 def test_records(
@@ -26,8 +29,9 @@ def test_records(
     limit: int | None = None,
     data_dir: str | None = None,
     axes_file: str | None = None,
-) -> tuple[list[dict], list[dict]]:
-    """(records to predict, training records that the style classifiers are fitted on).
+    style_data: str | None = None,
+) -> tuple[list[dict], list[dict] | None]:
+    """(records to predict, training records that the style classifiers are fitted on or None).
 
     Args:
         dataset: a name in dataset_info.json or a JSON file, or several with commas between them.
@@ -37,20 +41,46 @@ def test_records(
         limit: at most so many records per language, picked by hash: the same ones whatever the model.
         data_dir: folder with dataset_info.json.
         axes_file: table of one's own attributes and axes.
+        style_data: file or data set whose training outlines the style classifiers are fitted on; default the axes'
+            own data sets. Where these are missing there are no such records, which a warning says.
+
+    Raises:
+        TKPOError: for a file that cannot be read, or style data that lacks a style the records ask for.
     """
     names = [dataset] if Path(dataset).is_file() else [name.strip() for name in dataset.split(",")]
     axes = get_axes(axis or ",".join(Path(name).stem for name in names), axes_file)
-    records = annotate(load_records(dataset, split, lang, folder=data_dir), axes)
+    records = load_records(dataset, split, lang, folder=data_dir, axes=axes)
     if limit:
         languages = sorted({r["lang"] for r in records})
         groups = [sorted((r for r in records if r["lang"] == tongue), key=sample_order) for tongue in languages]
         records = [r for group in groups for r in group[:limit]]
-    train = [
-        record
-        for table in axes.values()
-        for record in annotate(load_records(table.name, "train", lang, folder=data_dir), table)
-    ]
-    return records, train
+    return records, _style_records(records, axes, style_data, lang, data_dir)
+
+
+def _style_records(
+    records: list[dict], axes: dict[str, Axis], style_data: str | None, lang: str | None, data_dir: str | None
+) -> list[dict] | None:
+    """Training records of every style that `records` ask for, or None where there is no data for their axes."""
+    used = sorted({record["axis"] for record in records})
+    if style_data:
+        train = load_records(style_data, "train", lang, folder=data_dir, axes=axes)
+    elif missing := [name for name in used if not has_dataset(name, "train", data_dir)]:
+        logger.warning(
+            "no training outlines for the style classifier of axis %s: the scores come without control; "
+            "--style-data FILE gives them",
+            ", ".join(missing),
+        )
+        return None
+    else:
+        train = [r for name in used for r in load_records(name, "train", lang, folder=data_dir, axes=axes[name])]
+    known = {(r["lang"], r["axis"], r["attribute"]) for r in train}
+    for number, record in enumerate(records, 1):
+        if (record["lang"], record["axis"], record["attribute"]) not in known:
+            raise TKPOError(
+                f"record {number} asks for {record['attribute']!r} (axis {record['axis']}, language {record['lang']}), "
+                f"of which {style_data or 'the training split'} has no outline for the style classifier"
+            )
+    return train
 
 
 test_records.__test__ = False  # a name pytest would collect
@@ -127,6 +157,7 @@ def evaluate(
     limit: int | None = None,
     data_dir: str | None = None,
     axes_file: str | None = None,
+    style_data: str | None = None,
     batch_size: int = 8,
     adapter_source: str | None = None,
     **decoding,
@@ -136,7 +167,7 @@ def evaluate(
     Args:
         generator, adapter: what predicts.
         output: JSON file to write.
-        dataset, axis, split, lang, limit, data_dir, axes_file: as `test_records` takes them.
+        dataset, axis, split, lang, limit, data_dir, axes_file, style_data: as `test_records` takes them.
         batch_size: outlines written at a time.
         adapter_source: what the record of the settings calls the adapter; default its name.
         decoding: `tkpo.sampling.Decoding`'s settings.
@@ -147,7 +178,7 @@ def evaluate(
     output = Path(output)
     part = output.with_name(output.name + ".part.jsonl")
     _check_writable(output, part)
-    records, train = test_records(dataset, axis, split, lang, limit, data_dir, axes_file)
+    records, train = test_records(dataset, axis, split, lang, limit, data_dir, axes_file, style_data)
     predictions = predict(generator, records, adapter, batch_size=batch_size, part=part, decoding=settings)
     rows = score_outlines(records, predictions, train)
     result = {
@@ -158,6 +189,7 @@ def evaluate(
             "split": split,
             "lang": lang,
             "limit": limit,
+            "style_data": style_data,
             "records_sha256": records_digest(records),
             **settings.record(),
         },

@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 
 from tkpo.adapters import adapter_folder, check_base
-from tkpo.data import user_message
+from tkpo.encoding import encode_pairs
 from tkpo.loss import IGNORE_INDEX
 from tkpo.presets import resolve_model
 from tkpo.run_config import RunConfig
@@ -52,11 +52,7 @@ def pairwise_trainer(
     validation_arguments: of TrainingArguments, when they are evaluated.
     """
     Config, Trainer = import_trl(config.method)
-    rows = []
-    for record in records:
-        messages = [{"role": "user", "content": user_message(record)}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        rows.append({"prompt": prompt, "chosen": record["chosen"], "rejected": record["rejected"]})
+    rows = encode_pairs(records, tokenizer, arguments["max_length"])
     own = {"beta": config.beta}
     if config.method == "simpo":
         own |= {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": SIMPO_GAMMA}

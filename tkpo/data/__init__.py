@@ -8,7 +8,7 @@ place of `output`. Other shapes become records in `as_records`.
 
 from tkpo.data.build import build, is_topic_only, split_of
 from tkpo.data.check import check, check_file
-from tkpo.data.files import data_dir, entry_name, read_info, read_rows
+from tkpo.data.files import data_dir, entry_name, has_dataset, read_info, read_rows
 from tkpo.data.fit import Fitted, fit_prompt, prompt_text, response_text
 from tkpo.data.prompts import (
     PROMPT_ORDERS,
@@ -40,6 +40,7 @@ __all__ = [
     "find_attribute",
     "fit_prompt",
     "flip_record",
+    "has_dataset",
     "is_topic_only",
     "load_records",
     "make_input",

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tkpo.attributes import LANGUAGES
+from tkpo.attributes import LANGUAGES, Axis, load_axes
 from tkpo.data.files import read_info, read_rows
-from tkpo.data.shapes import record_faults
+from tkpo.data.records import asked_attribute
+from tkpo.data.shapes import record_faults, to_alpaca
 from tkpo.data.subsets import corpus_length
 from tkpo.errors import TKPOError
 from tkpo.outline import obeys_detail, parse
@@ -16,8 +17,24 @@ from tkpo.outline import obeys_detail, parse
 CORPUS_FIELDS = ("id", "lang", "domain", "topic", "document", "outlines")
 
 
-def check(paths: list[str | Path]) -> tuple[int, list[str]]:
-    """Check files or folders (their .json and .jsonl files). Returns (records read, faults)."""
+def check(paths: list[str | Path], axes: dict[str, Axis] | None = None) -> tuple[int, list[str]]:
+    """Check files or folders (their .json and .jsonl files). Returns (records read, faults).
+
+    axes: what records must ask for; None: only those that name a shipped axis are checked on theirs.
+    """
+    total, faults, seen = 0, [], {}
+    for path in files_in(paths):
+        faults += check_file(path, seen, axes)
+        if path.name != "dataset_info.json":
+            try:
+                total += len(read_rows(path))
+            except TKPOError:
+                continue  # check_file has said so already
+    return total, faults
+
+
+def files_in(paths: list[str | Path]) -> list[Path]:
+    """The files, and those of the folders that end in .json or .jsonl; TKPOError for a folder without any."""
     files = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -27,21 +44,14 @@ def check(paths: list[str | Path]) -> tuple[int, list[str]]:
             files += found
         else:
             files.append(path)
-    total, faults, seen = 0, [], {}
-    for path in files:
-        faults += check_file(path, seen)
-        if path.name != "dataset_info.json":
-            try:
-                total += len(read_rows(path))
-            except TKPOError:
-                continue  # check_file has said so already
-    return total, faults
+    return files
 
 
-def check_file(path: str | Path, seen: dict | None = None) -> list[str]:
-    """Faults of one file as "file, record N: what", for corpus, Alpaca, pairwise and dataset_info files.
+def check_file(path: str | Path, seen: dict | None = None, axes: dict[str, Axis] | None = None) -> list[str]:
+    """Faults of one file as "file, record N: what", for corpus, record, pairwise and dataset_info files.
 
     seen: topics and ids of files checked before, to find an article that stands twice.
+    axes: as for `check`.
     """
     path = Path(path)
     if path.name == "dataset_info.json":
@@ -53,12 +63,14 @@ def check_file(path: str | Path, seen: dict | None = None) -> list[str]:
     if not rows:
         return [f"{path}: no records"]
     seen = {} if seen is None else seen
-    kinds = Counter(_kind(row) for row in rows)
+    kinds = Counter(kind_of(row) for row in rows)
     faults = []
     for number, row in enumerate(rows, 1):
-        kind = _kind(row) or kinds.most_common(1)[0][0] or "alpaca"
-        found = list(_corpus_faults(row) if kind == "corpus" else record_faults(row, kind == "pairs"))
-        if kind == "corpus":
+        kind = kind_of(row) or kinds.most_common(1)[0][0] or "record"
+        if kind != "corpus":
+            found = list(record_faults(row, kind == "pairs")) or list(_attribute_faults(row, axes))
+        else:
+            found = list(_corpus_faults(row))
             for key in ("id", "topic"):
                 value = str(row.get(key)).lower()
                 where = seen.setdefault((key, value), f"{path}, record {number}")
@@ -68,12 +80,23 @@ def check_file(path: str | Path, seen: dict | None = None) -> list[str]:
     return faults
 
 
-def _kind(row: dict) -> str | None:
+def kind_of(row: dict) -> str | None:
+    """ "corpus", "pairs" or "record"; None for a row that is none of these."""
     if "outlines" in row or "document" in row:
         return "corpus"
     if "chosen" in row or "rejected" in row:
         return "pairs"
-    return "alpaca" if "instruction" in row else None
+    return "record" if any(key in row for key in ("instruction", "conversations", "messages", "prompt")) else None
+
+
+def _attribute_faults(row: dict, axes: dict[str, Axis] | None) -> Iterator[str]:
+    if axes is None:
+        axes = {name: axis for name, axis in load_axes().items() if name == row.get("axis")}
+    if axes:
+        try:
+            asked_attribute(to_alpaca(row), axes)
+        except ValueError as error:
+            yield str(error)
 
 
 def _corpus_faults(row: dict) -> Iterator[str]:

@@ -6,6 +6,7 @@ import codecs
 import json
 from pathlib import Path
 
+from tkpo.attributes import LANGUAGES
 from tkpo.errors import TKPOError
 
 
@@ -143,3 +144,12 @@ def read_info(path: Path) -> dict:
     if not isinstance(info, dict):
         raise TKPOError(f"{path}: expected an object of data sets, found {type(info).__name__}")
     return info
+
+
+def has_dataset(dataset: str, split: str, folder: str | Path | None = None) -> bool:
+    """Whether dataset_info.json has a data set of that name with that split, in any language."""
+    try:
+        info = read_info(data_dir(folder) / "dataset_info.json")
+    except TKPOError:
+        return False
+    return any(entry_name(dataset, lang, split) in info for lang in LANGUAGES)

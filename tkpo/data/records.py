@@ -125,7 +125,7 @@ def annotate(records: list[dict], axes: Axis | dict[str, Axis], names: list[str]
     done = []
     for number, record in enumerate(records, 1):
         try:
-            axis, attribute, lang = _attribute(record, axes)
+            axis, attribute, lang = asked_attribute(record, axes)
         except ValueError as error:
             raise TKPOError(f"{names[number - 1] if names else f'record {number}'}: {error}") from error
         extra = {"attribute": attribute, "lang": lang, "form": "article", "id": str(number), "axis": axis.name}
@@ -133,7 +133,7 @@ def annotate(records: list[dict], axes: Axis | dict[str, Axis], names: list[str]
     return done
 
 
-def _attribute(record: dict, axes: dict[str, Axis]) -> tuple[Axis, str, str]:
+def asked_attribute(record: dict, axes: dict[str, Axis]) -> tuple[Axis, str, str]:
     """(axis, attribute, language) of a record; ValueError if it has none, or says another than its prompt does."""
     said = record.get("attribute")
     if record.get("axis") is not None and record["axis"] not in axes:
