@@ -42,6 +42,10 @@ RECORDS = {
     ),
     "instruction first, in one text": lambda lang: one_text(True, False, lang)[0],
     "article first, in one text": lambda lang: one_text(False, True, lang)[0],
+    "article first, in the instruction": lambda lang: {
+        "instruction": article(lang),
+        "input": one_text(False, True, lang)[1],
+    },
     "all in the input": lambda lang: {
         "instruction": "Outline.",
         "input": one_text(True, False, lang)[0]["instruction"],
