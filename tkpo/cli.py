@@ -1,4 +1,4 @@
-"""The command line: `tkpo generate`, `train`, `estimate`, `llamafactory`, `evaluate`, `data`, `fetch`."""
+"""The command line: `tkpo generate`, `train`, `estimate`, `llamafactory`, `evaluate`, `data`, `export`, `fetch`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_llamafactory(commands)
     _add_evaluate(commands)
     _add_data(commands)
+    _add_export(commands)
     _add_fetch(commands)
     return parser
 
@@ -462,6 +463,35 @@ def _data_check(args) -> int:
         print(measure(args.paths, load_tokenizer(args.model), args.max_length, axes))
     print(f"{count} records, {len(faults)} faults")
     return 1 if faults else 0
+
+
+# ---- export --------------------------------------------------------------------------------------------
+
+
+def _add_export(commands) -> None:
+    p = commands.add_parser(
+        "export",
+        help="write a run for another runtime: transformers, llama.cpp, Ollama",
+        description="Writes a run for another runtime: merged, a plain model folder for transformers, vLLM and TRL; "
+        "gguf, one file for llama.cpp; lora-gguf, the adapter alone, to put on its base's gguf; ollama, a folder with "
+        "model.gguf and Modelfile, for `ollama create`. For Qwen2, Qwen3, Llama and Mistral; merged for any model.",
+    )
+    p.add_argument("folder", metavar="RUN", help="folder of a run, adapter or model, or a preset (its base weights)")
+    p.add_argument("--to", required=True, choices=("merged", "gguf", "lora-gguf", "ollama"))
+    p.add_argument("--output", metavar="PATH", help="file or folder to write; default: beside RUN")
+    p.add_argument("--model", help="base model of an adapter; default: what it records")
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16", "q8_0"),
+        help="of the weights; default float16 for gguf and ollama, bfloat16 for merged",
+    )
+    p.set_defaults(run=_export)
+
+
+def _export(args) -> None:
+    from tkpo.export import export
+
+    print(export(args.folder, args.to, args.output, args.model, args.dtype))
 
 
 # ---- fetch ---------------------------------------------------------------------------------------------
