@@ -78,7 +78,9 @@ def _reproduce(args) -> None:
     preset = grid.load_preset(args.preset, args.experiments)
     folder, output, work = _places(args.results, preset.name)
     output = {kind: args.output / kind if args.output else path for kind, path in output.items()}
-    experiments = Experiments(store.Store(folder, preset), grid.load_grids(args.experiments), args.seeds)
+    grids = grid.load_grids(args.experiments)
+    questions = grid.load_questions(grids, args.experiments)
+    experiments = Experiments(store.Store(folder, preset), grids, args.seeds, questions)
     if bool(args.import_run) != bool(args.predictions):
         raise TKPOError("--import-run and --predictions go together")
     if args.import_run:

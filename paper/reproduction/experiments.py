@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from paper.reproduction.grid import BASE, PRESET, Grid, Run, differences, run_config
-from paper.reproduction.names import LANGUAGES, METHODS, MISSING
-from paper.reproduction.scores import OUTLINE, Scorer
+from paper.reproduction.grid import BASE, PRESET, Grid, Question, Run, differences, run_config
+from paper.reproduction.names import LANGUAGES, METHODS, MISSING, dataset_title
+from paper.reproduction.scores import COLUMNS, OUTLINE, Scorer
 from paper.reproduction.store import Store, make_record, read_json
 from tkpo.errors import TKPOError
 
-ROW = ["dataset", "method", "label"]  # what the runs of one row of a table share
+ROW = ["training", "method", "label"]  # what the runs of one row of a table share; training: their data set
 
 
 class Experiments:
-    """The grids of a folder with the stored runs of one preset. seeds: in place of the grids' own."""
+    """The grids of a folder with the stored runs of one preset.
 
-    def __init__(self, store: Store, grids: dict[str, Grid], seeds: list[int] | None = None):
-        self.store, self.grids, self.seeds = store, grids, seeds
+    seeds: in place of the grids' own. questions: the comparisons of table 7.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        grids: dict[str, Grid],
+        seeds: list[int] | None = None,
+        questions: Sequence[Question] = (),
+    ):
+        self.store, self.grids, self.seeds, self.questions = store, grids, seeds, questions
         self._scorer = Scorer(store)
 
     @property
@@ -47,7 +57,7 @@ class Experiments:
         return found
 
     def planned(self, what: str) -> pd.DataFrame:
-        """A row per run on the test split that serves `what`: dataset, method, label, variant, seed, run, stored."""
+        """A row per run on the test split that serves `what`: training, method, label, variant, seed, run, stored."""
         rows = [
             (run.dataset, run.method, grid.label, run.variant, run.seed, run, bool(self.store.get(run)))
             for grid, runs in self.serving(what)
@@ -63,9 +73,29 @@ class Experiments:
         keys = {(d, m, grid.label) for grid in grids for d in grid.datasets for m in grid.methods}
         return sorted(keys, key=lambda key: (self.datasets.index(key[0]), list(METHODS).index(key[1]), key[2]))
 
-    def outlines(self, what: str) -> pd.DataFrame:
-        """The scored outlines of the stored runs of `planned`: a row per outline with its run's columns."""
-        return self._scored(self.planned(what))
+    def outlines(self, what: str, content_free: bool = False) -> pd.DataFrame:
+        """The scored outlines of the stored runs of `planned`: a row per outline with its run's columns.
+
+        content_free: with those of the content-free methods for the same articles and styles.
+        """
+        planned = self.planned(what)
+        parts = [self._scored(planned)]
+        if content_free:
+            for training, own in planned[planned["stored"]].groupby("training", sort=False):
+                made = self._scorer.content_free(list(own["run"]))
+                parts.append(made.assign(training=training, label="", variant="", run=None))
+        return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+
+    def title(self, training: str) -> str:
+        """What tables call the data set of a training, and whether only the pilot has it."""
+        pilot = all(grid.pilot for grid in self.grids.values() if training in grid.datasets)
+        return dataset_title(training) + (" (pilot)" if pilot else "")
+
+    def stored_datasets(self, what: str) -> list[str]:
+        """The data sets of `planned` for which any run is stored; all of them where none is."""
+        planned = self.planned(what)
+        stored = list(planned[planned["stored"]]["training"].unique())
+        return [dataset for dataset in self.datasets if dataset in stored] or self.datasets
 
     def scored(self, runs: list[Run]) -> pd.DataFrame:
         """The scored outlines of stored runs."""
@@ -92,12 +122,10 @@ class Experiments:
 
     def _scored(self, planned: pd.DataFrame) -> pd.DataFrame:
         scores = self._scorer(list(planned["run"]))
-        parts = [
-            scores[row["run"]].assign(**row.drop("dataset")) for _, row in planned.iterrows() if row["run"] in scores
-        ]
+        parts = [scores[row["run"]].assign(**row) for _, row in planned.iterrows() if row["run"] in scores]
         if parts:
             return pd.concat(parts, ignore_index=True)
-        return pd.DataFrame(columns=[*dict.fromkeys([*planned.columns, *OUTLINE, *self._scorer.columns])])
+        return pd.DataFrame(columns=list(dict.fromkeys([*planned.columns, *COLUMNS])))
 
     def tuned(self, grid: Grid) -> list[Run] | None:
         """The runs of a grid whose settings another grid's results choose; None while no data set has all its tries.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from paper.reproduction.names import CONTENT_FREE, SCORES
 from tkpo.data import load_records
 from tkpo.errors import TKPOError
 from tkpo.methods import CONTINUED, METHODS
@@ -16,11 +17,12 @@ from tkpo.run_config import RunConfig
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 PRESET = "qwen2.5-coder-0.5b"  # the one whose tables and figures the project shows
+QUESTIONS = "questions.yaml"
 BASE = "base"  # the model as it is, zero-shot
 # Fields of a RunConfig that say how a run is done, not what it is.
 HOW = ("output", "sft_adapter", "device", "data_dir", "axes_file", "micro_batch_size", "gradient_checkpointing")
 HOW += ("deepspeed", "save_steps", "eval_steps", "eval_samples")
-TABLES, FIGURES = range(1, 6), range(1, 5)
+TABLES, FIGURES = range(1, 8), range(1, 5)
 SHOWN = (*(f"table {n}" for n in TABLES), *(f"figure {n}" for n in FIGURES))  # what a grid can serve
 
 
@@ -77,6 +79,7 @@ class Grid:
     """One file of experiments: every method (and variant of it) × data set × seed.
 
     label: sets its runs apart from those of the same method in other grids, in a row of their own.
+    pilot: whether tables mark its results as those of the pilot.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Grid:
     variants: dict[str, list[dict]] = field(default_factory=dict)
     tuned_by: dict | None = None
     label: str = ""
+    pilot: bool = False
 
     def runs(self, preset: Preset, seeds: list[int] | None = None) -> list[Run]:
         """Its runs, in order. `seeds` (or the preset's) takes the place of its own; zero-shot has one run."""
@@ -136,7 +140,7 @@ def load_grids(folder: Path = FOLDER) -> dict[str, Grid]:
     """Every grid by its name, in the order in which their runs are to be done: that of the file names."""
     grids = {}
     for path in sorted(folder.glob("*.yaml")):
-        if path.name == "presets.yaml":
+        if path.name in ("presets.yaml", QUESTIONS):
             continue
         table = _read(path)
         try:
@@ -156,6 +160,43 @@ def load_grids(folder: Path = FOLDER) -> dict[str, Grid]:
     if not grids:
         raise TKPOError(f"no experiments (*.yaml) in {folder}")
     return grids
+
+
+@dataclass(frozen=True)
+class Question:
+    """A comparison of two rows by one score, written down before the runs that answer it.
+
+    ours, theirs: (method, label). why: what the answer is needed for.
+    """
+
+    name: str
+    ours: tuple[str, str]
+    theirs: tuple[str, str]
+    score: str
+    why: str = ""
+
+
+def load_questions(grids: dict[str, Grid], folder: Path = FOLDER) -> list[Question]:
+    """The questions of questions.yaml, if there is one; TKPOError for one that the main comparison has no rows for."""
+    path = folder / QUESTIONS
+    if not path.exists():
+        return []
+    rows = {(m, grid.label) for grid in grids.values() if "table 2" in grid.serves for m in grid.methods}
+    questions = []
+    for name, entry in _read(path).items():
+        try:
+            parts = [str(entry[side]).partition(", ") for side in ("ours", "theirs")]
+            sides = [(method, label) for method, _, label in parts]
+            question = Question(name, *sides, entry["score"], entry.get("why", ""))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise TKPOError(f"{path}, {name}: expected ours, theirs and score ({error!r})") from error
+        known = rows | {(method, "") for method in CONTENT_FREE}
+        if unknown := [side for side in sides if side not in known]:
+            raise TKPOError(f"{path}, {name}: no experiment for table 2 has the row {', '.join(unknown[0])!r}")
+        if question.score not in SCORES:
+            raise TKPOError(f"{path}, {name}: no score {question.score!r}; there are: {', '.join(SCORES)}")
+        questions.append(question)
+    return questions
 
 
 def _check_served(path: Path, grid: Grid) -> None:

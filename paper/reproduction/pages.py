@@ -8,8 +8,8 @@ from pathlib import Path
 
 from paper.reproduction.experiments import Experiments
 from paper.reproduction.grid import Run
-from paper.reproduction.intervals import spread
-from paper.reproduction.names import LANGUAGES, METHODS, SCORES, dataset_title
+from paper.reproduction.intervals import interval_texts
+from paper.reproduction.names import LANGUAGES, METHODS, SCORES
 from paper.reproduction.scores import OUTLINE
 from paper.reproduction.tables import findings
 
@@ -60,17 +60,18 @@ def _first_runs(experiments: Experiments, dataset: str) -> dict[str, Run]:
 def scores(experiments: Experiments) -> str | None:
     """Every method's scores by its first seed, those of the shipped adapters: one table per data set."""
     lines, every = [], experiments.outlines("table 2")
-    for dataset in experiments.datasets:
+    for dataset in experiments.stored_datasets("table 2"):
         runs = _first_runs(experiments, dataset)
         if len(runs) < len(COMPARED):
             return None
-        first = every[every["run"].isin(list(runs.values()))].drop_duplicates(["run", "language", *OUTLINE])
-        cells, counts = (
-            spread(first, ["language", "method"], list(SCORES)),
-            first.groupby(["language", "method"]).size(),
-        )
+        first = every[every["run"].isin(list(runs.values()))].drop_duplicates(["run", *OUTLINE])
+        cells = interval_texts(first, ["language", "method"], list(SCORES))
+        counts = first.groupby(["language", "method"]).size()
         count = experiments.store.get(runs["sft"])["training"]["samples"]
-        lines += [f"**{dataset_title(dataset).capitalize()}** ({count} training samples, both languages together)", ""]
+        lines += [
+            f"**{experiments.title(dataset).capitalize()}** ({count} training samples, both languages together)",
+            "",
+        ]
         lines += ["| | | n | " + " | ".join(SCORES.values()) + " |"]
         lines += ["| --- | --- |" + " ---: |" * (len(SCORES) + 1)]
         for lang, language in LANGUAGES.items():

@@ -36,14 +36,15 @@ def chosen(experiments: Experiments, lang: str) -> pd.DataFrame:
         if row.method in SHOWN and row.stored and not row.label:
             for made in experiments.store.get(row.run)["predictions"]:
                 if (made["lang"], made["form"]) == (lang, "article"):
-                    where = {"dataset": row.dataset, "style": made["attribute"], "article": made["id"]}
+                    axis = made.get("axis") or row.training
+                    where = {"dataset": axis, "style": made["attribute"], "article": made["id"]}
                     rows.append(where | {"method": row.method, "text": made["prediction"]})
     if not rows:
         return pd.DataFrame()
     frame = pd.DataFrame(rows).drop_duplicates(["dataset", "style", "article", "method"])
     styles = frame.drop_duplicates(["dataset", "style", "article"]).groupby("article").size()
     frame["order"] = frame["article"].map(styles.rank(method="first", ascending=False))
-    frame["place"] = frame["dataset"].map(experiments.datasets.index)
+    frame["place"] = frame["dataset"].factorize()[0]
     first = frame.groupby(["dataset", "style"])["order"].transform("min")
     frame = frame[frame["order"] == first]
     index = ["order", "place", "dataset", "style", "article"]

@@ -20,15 +20,15 @@ def figure2(experiments: Experiments) -> dict[str, Figure]:
     """DPO against TKPO: quality bars for each data set and language, then memory and time."""
     outlines = experiments.outlines("figure 2")
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 4.2), layout="constrained", width_ratios=(5, 3))
-    groups = [(d, lang) for d in experiments.datasets for lang in experiments.languages]
+    groups = [(d, lang) for d in experiments.stored_datasets("figure 2") for lang in experiments.languages]
     names = ["\n".join((*dataset_title(d).split(" ", 1), LANGUAGES[lang])) for d, lang in groups] + [
         "published\n(Qwen2.5-3B)"
     ]
-    for panel, (score, title) in zip(axes[:, 0], (("rouge-1", "ROUGE-1"), ("bleu-4", "BLEU-4")), strict=True):
-        bars = _score_bars(outlines, groups, score)
+    for panel, (score, title) in zip(axes[:, 0], (("rouge1", "ROUGE-1"), ("bleu4", "BLEU-4")), strict=True):
+        bars = _score_bars(outlines, groups, f"{score}_numbered")
         for method in ("dpo", "tkpo"):
             bars[len(groups), f"published {method}"] = (PUBLISHED_BARS[method][score], None)
-        _bars(panel, bars, names, f"{title} (higher is better)")
+        _bars(panel, bars, names, f"{title}, numbering counted as published")
         if len(bars) == 2:
             text = f"not run yet:\n{experiments.command('figure 2')}"
             panel.text(0.4, 0.5, text, ha="center", transform=panel.transAxes, fontsize=SMALL)
@@ -47,7 +47,8 @@ def _score_bars(outlines: pd.DataFrame, groups: list[tuple], score: str) -> dict
     bars = {}
     for index, (dataset, lang) in enumerate(groups):
         for method in ("dpo", "tkpo"):
-            own = outlines[outlines[["dataset", "language", "method"]].eq([dataset, lang, method]).all(axis=1)]
+            columns = ["training", "language", "method", "label"]
+            own = outlines[outlines[columns].eq([dataset, lang, method, ""]).all(axis=1)]
             if len(own):
                 mean, low, high = interval(own, score)
                 bars[index, method] = (mean, (low, high))
@@ -109,7 +110,7 @@ def figure3(experiments: Experiments) -> dict[str, Figure]:
     for column, (key, default) in enumerate(DEFAULTS.items()):
         values = [s.get(key, default) if set(s) <= {key} else None for s in settings]
         swept = outlines.assign(value=pd.array(values, dtype="Float64")).dropna(subset="value")
-        for row, (score, title) in enumerate((("rouge-l", "ROUGE-L"), ("control_accuracy", "control, %"))):
+        for row, (score, title) in enumerate((("rougeL", "ROUGE-L"), ("log_odds", "log-odds"))):
             panel = axes[row, column]
             if swept.empty:
                 say_empty(panel, experiments, "figure 3")

@@ -10,7 +10,7 @@ from paper.reproduction.experiments import Experiments
 from paper.reproduction.figures.style import COLOURS, LINES, MARKS, SMALL, WIDTH, say_empty
 from paper.reproduction.grid import Run
 from paper.reproduction.intervals import interval
-from paper.reproduction.names import METHODS, dataset_title
+from paper.reproduction.names import METHODS
 
 UNTIMED = "These runs were made several at a time, not timed.\nTo have times, delete their records and run"
 NO_CURVES = "These runs were trained without validation. To have\ncurves, delete their records and run"
@@ -18,13 +18,14 @@ NO_CURVES = "These runs were trained without validation. To have\ncurves, delete
 
 def figure4(experiments: Experiments) -> dict[str, Figure]:
     """Validation cross-entropy as training proceeds, and test quality at its end, against training seconds."""
-    runs = _first_timed(experiments)
-    figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 4.6), layout="constrained")
+    runs, datasets = _first_timed(experiments), experiments.stored_datasets("figure 4")
+    size = (WIDTH, 0.4 + 2.1 * len(datasets))
+    figure, axes = plt.subplots(len(datasets), 2, figsize=size, layout="constrained", squeeze=False)
     shown = {}
-    for (left, right), dataset in zip(axes, experiments.datasets, strict=False):
-        title = dataset_title(dataset)
+    for (left, right), dataset in zip(axes, datasets, strict=True):
+        title = experiments.title(dataset)
         left.set_title(f"{title}: validation cross-entropy", loc="left")
-        right.set_title(f"{title}: test ROUGE-L at the end", loc="left")
+        right.set_title(f"{title}: test ROUGE-1 at the end", loc="left")
         for method in (m for m in METHODS if (dataset, m) in runs):
             shown[method] = _draw(left, right, experiments, runs[dataset, method])
         _finish(experiments, dataset, left, right)
@@ -59,7 +60,7 @@ def _draw(left, right, experiments: Experiments, run: Run):
     if seconds is not None:
         outlines = experiments.scored([run])
         for lang, own in outlines.groupby("language"):
-            mean, low, high = interval(own, "rouge-l")
+            mean, low, high = interval(own, "rouge1")
             face = look["color"] if lang == "en" else "white"
             x = seconds * (1.0 if lang == "en" else 1.012)  # bars beside one another
             right.errorbar(x, mean, [[mean - low], [high - mean]], color=look["color"], elinewidth=0.8, alpha=0.6)
@@ -70,7 +71,7 @@ def _draw(left, right, experiments: Experiments, run: Run):
 def _finish(experiments: Experiments, dataset: str, left, right) -> None:
     """Axes of the panels that have something, and what the empty ones lack."""
     planned = experiments.planned("figure 4")
-    trained = planned[(planned["dataset"] == dataset) & (planned["method"] != "base")]
+    trained = planned[(planned["training"] == dataset) & (planned["method"] != "base")]
     for panel in (left, right):
         if panel.lines:
             panel.set_xlabel("seconds of training (wall clock)")

@@ -22,8 +22,8 @@ WIDTH = 6.3  # inches: both columns of a page, so that nothing is scaled in prin
 SMALL = 7  # points: the least size of type
 # Okabe and Ito's colours, which the colour-blind tell apart; line styles, marks and hatches do it in greyscale.
 COLOURS = {"base": "#7F7F7F"} | {name: method.color for name, method in methods.METHODS.items()}
-MARKS = {"base": "x", "sft": "s", "simpo": "D", "orpo": "v", "dpo": "^", "tkpo": "o"}
-LINES = {"sft": ":", "simpo": (0, (1, 1)), "orpo": "-.", "dpo": "--", "tkpo": "-"}
+MARKS = {"base": "x", "sft": "s", "simpo": "D", "orpo": "v", "dpo": "^", "tkpo": "o", "contrast": "P"}
+LINES = {"sft": ":", "simpo": (0, (1, 1)), "orpo": "-.", "dpo": "--", "tkpo": "-", "contrast": (0, (5, 1))}
 STYLE = {
     "font.size": SMALL,
     "axes.titlesize": 8,
