@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from paper.reproduction.grid import BASE, PRESET, Grid, Question, Run, differences, run_config
+from paper.reproduction.grid import BASE, DECODING, PRESET, Grid, Question, Run, differences, run_config
 from paper.reproduction.names import LANGUAGES, METHODS, MISSING, dataset_title
 from paper.reproduction.scores import COLUMNS, OUTLINE, Scorer
 from paper.reproduction.store import Store, make_record, read_json
 from tkpo.errors import TKPOError
+from tkpo.methods import CONTINUED
 
 ROW = ["training", "method", "label"]  # what the runs of one row of a table share; training: their data set
 
@@ -81,7 +82,7 @@ class Experiments:
         planned = self.planned(what)
         parts = [self._scored(planned)]
         if content_free:
-            for training, own in planned[planned["stored"]].groupby("training", sort=False):
+            for training, own in planned[planned["stored"] & (planned["label"] == "")].groupby("training", sort=False):
                 made = self._scorer.content_free(list(own["run"]))
                 parts.append(made.assign(training=training, label="", variant="", run=None))
         return pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
@@ -144,7 +145,7 @@ class Experiments:
                     own = [run for run in tries if (run.dataset, run.method) == (dataset, method)]
                     best = max(own, key=lambda run: scores[run][grid.tuned_by["score"]].mean())
                     plain = run_config(Run(dataset, method, seed), preset)
-                    other = {key: value for key, value in best.settings if getattr(plain, key) != value}
+                    other = {k: v for k, v in best.settings if k in DECODING or getattr(plain, k) != v}
                     made.append(grid.run(preset, dataset, method, seed, other))
         return made or None
 
@@ -171,6 +172,8 @@ class Experiments:
         preset = self.store.preset
         candidates = [run for grid in self.grids.values() if not grid.tuned_by for run in grid.runs(preset)]
         candidates = [run for run in candidates if (run.method, run.dataset) == (method, settings["dataset"])]
+        if method in CONTINUED:
+            candidates = [run for run in candidates if bool(run.sft) == bool(config.get("sft_adapter"))]
         if not candidates:
             raise TKPOError(f"no experiment has {method} on {settings['dataset']}")
         best = min(candidates, key=lambda run: len(differences(run, preset, config, settings)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import yaml
 
 from paper.reproduction.names import CONTENT_FREE, SCORES
 from tkpo.data import load_records
+from tkpo.data.prompts import INSTRUCTION_FIRST
 from tkpo.errors import TKPOError
 from tkpo.methods import CONTINUED, METHODS
 from tkpo.run_config import RunConfig
@@ -21,7 +22,9 @@ QUESTIONS = "questions.yaml"
 BASE = "base"  # the model as it is, zero-shot
 # Fields of a RunConfig that say how a run is done, not what it is.
 HOW = ("output", "sft_adapter", "device", "data_dir", "axes_file", "micro_batch_size", "gradient_checkpointing")
-HOW += ("deepspeed", "save_steps", "eval_steps", "eval_samples")
+HOW += ("deepspeed", "save_steps", "eval_steps", "eval_samples", "share_prefix", "attn_implementation")
+HOW += ("report_to", "run_name", "push_to_hub", "hub_model_id")
+DECODING = {"style_strength": 0.0}  # settings of a variant that say how outlines are written, with their defaults
 TABLES, FIGURES = range(1, 8), range(1, 5)
 SHOWN = (*(f"table {n}" for n in TABLES), *(f"figure {n}" for n in FIGURES))  # what a grid can serve
 
@@ -42,7 +45,8 @@ class Preset:
 class Run:
     """One training run and its evaluation: a method on a data set, with one seed.
 
-    settings: what differs from the preset, as sorted (key, value) pairs. share: of the preset's samples.
+    settings: what differs from the preset, as sorted (key, value) pairs. share: of the preset's samples or articles.
+    from_base: of a method that by default continues an SFT adapter, whether it starts from the base instead.
     """
 
     dataset: str
@@ -51,15 +55,16 @@ class Run:
     settings: tuple = ()
     share: float = 1.0
     split: str = "test"
+    from_base: bool = False
 
     @property
     def name(self) -> str:
-        parts = [self.method, *([self.variant] if self.settings else [])]
+        parts = [self.method, *(["one-stage"] if self.from_base else []), *([self.variant] if self.settings else [])]
         if self.share != 1:
             parts.append(f"share={self.share:g}")
         if self.split != "test":
             parts.append(self.split)
-        return f"{self.dataset}/{'-'.join(parts)}-seed{self.seed}"
+        return f"{self.dataset.replace(',', '+')}/{'-'.join(parts)}-seed{self.seed}"
 
     @property
     def variant(self) -> str:
@@ -69,9 +74,22 @@ class Run:
     @property
     def sft(self) -> Run | None:
         """The SFT run that this one continues, if it does."""
-        if self.method not in CONTINUED:
+        if self.method not in CONTINUED or self.from_base:
             return None
         return Run(self.dataset, "sft", self.seed, share=self.share)
+
+    @property
+    def trained(self) -> Run | None:
+        """The run whose adapter this one only writes with, in another way; None if it trains its own."""
+        training = tuple((key, value) for key, value in self.settings if key not in DECODING)
+        if self.method == BASE or training == self.settings:
+            return None
+        return replace(self, settings=training, split="test")
+
+    @property
+    def needs(self) -> Run | None:
+        """The run whose adapter must be there first."""
+        return self.trained or self.sft
 
 
 @dataclass(frozen=True)
@@ -93,6 +111,7 @@ class Grid:
     variants: dict[str, list[dict]] = field(default_factory=dict)
     tuned_by: dict | None = None
     label: str = ""
+    from_base: bool = False
     pilot: bool = False
 
     def runs(self, preset: Preset, seeds: list[int] | None = None) -> list[Run]:
@@ -110,15 +129,15 @@ class Grid:
         return made
 
     def run(self, preset: Preset, dataset: str, method: str, seed: int, variant: dict) -> Run:
-        base = {**asdict(RunConfig(method="sft")), **preset.train, **preset.methods.get(method, {})}
+        base = {**asdict(RunConfig(method="sft")), **_common(preset, dataset, method)}
         settings = {}
         for key, value in variant.items():
             if times := re.fullmatch(r"x([0-9.]+)", str(value)):
                 value = float(times[1]) * float(base[key])
             settings[key] = float(f"{value:.6g}") if isinstance(value, float) else value
-        return Run(
-            dataset, method, 0 if method == BASE else seed, tuple(sorted(settings.items())), self.share, self.split
-        )
+        from_base = self.from_base and method in CONTINUED
+        seed = 0 if method == BASE else seed
+        return Run(dataset, method, seed, tuple(sorted(settings.items())), self.share, self.split, from_base)
 
 
 def load_preset(name: str, folder: Path = FOLDER) -> Preset:
@@ -221,19 +240,29 @@ def run_config(run: Run, preset: Preset, **how) -> RunConfig | None:
     """The training configuration of a run; None for zero-shot. how: fields such as output and sft_adapter."""
     if run.method == BASE:
         return None
-    values = {**preset.train, **preset.methods.get(run.method, {})}
+    values = _common(preset, run.dataset, run.method)
     values["max_samples"] = sample_count(run, preset)
-    values |= dict(run.settings)
+    if values.get("max_articles"):
+        values["max_articles"] = max(1, round(run.share * values["max_articles"]))
+    values |= {key: value for key, value in run.settings if key not in DECODING}
     values |= {"method": run.method, "dataset": run.dataset, "model": preset.model, "seed": run.seed}
-    if run.method in CONTINUED and values.get("finetuning", "lora") == "lora":
+    if run.sft and values.get("finetuning", "lora") == "lora":
         values["sft_adapter"] = str(run.sft.name)
     return RunConfig.load(**{**values, **how})
 
 
+def _common(preset: Preset, dataset: str, method: str) -> dict:
+    """What the runs of a method on a data set have in common: the preset's, the data set's, then the method's."""
+    entry = preset.datasets.get(dataset, {})
+    own = entry.get("methods", {}).get(method, {})
+    return {**preset.train, **entry.get("train", {}), **preset.methods.get(method, {}), **own}
+
+
 def sample_count(run: Run, preset: Preset) -> int | None:
     """How many samples the run trains on; None is all of them."""
-    count = _dataset(run, preset).get("max_samples")
-    if run.share == 1:
+    entry = _dataset(run, preset)
+    count = entry.get("max_samples")
+    if run.share == 1 or entry.get("train", {}).get("max_articles"):
         return count
     if count is None:
         count = _count(run.dataset, preset.train.get("lang"))
@@ -257,6 +286,8 @@ def evaluation(run: Run, preset: Preset) -> dict:
         "split": run.split,
         "lang": preset.train.get("lang"),
         **limits,
+        **DECODING,
+        **{key: value for key, value in run.settings if key in DECODING},
     }
 
 
@@ -267,8 +298,14 @@ def differences(run: Run, preset: Preset, config: dict | None, settings: dict) -
     """
     wanted, made = what_it_is(run_config(run, preset)) or {}, what_it_is(config) or {}
     pairs = [(key, made[key], value) for key, value in wanted.items() if key in made]
-    pairs += [(key, settings.get(key), value) for key, value in evaluation(run, preset).items()]
+    pairs += [(key, settings.get(key, DECODING.get(key)), value) for key, value in evaluation(run, preset).items()]
     return [f"it was made with {key} {old!r}, the experiments say {new!r}" for key, old, new in pairs if old != new]
+
+
+def run_order(run: Run, preset: Preset) -> str:
+    """The order of a run's prompts."""
+    values = {**_common(preset, run.dataset, run.method), **dict(run.settings)}
+    return values.get("prompt_order", INSTRUCTION_FIRST)
 
 
 def _dataset(run: Run, preset: Preset) -> dict:

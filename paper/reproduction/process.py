@@ -14,7 +14,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from paper.reproduction.grid import BASE, Run, evaluation, run_config
+from paper.reproduction.grid import BASE, Run, evaluation, run_config, run_order
 from paper.reproduction.store import Store, make_record
 from tkpo.errors import TKPOError
 from tkpo.methods import PAIRWISE
@@ -37,13 +37,13 @@ class Step:
         return self.run.name + (" (for its adapter)" if self.alone else "")
 
 
-def sft_adapter(store: Store, sft: Run, work: Path) -> Path | None:
-    """The adapter of an SFT run: in its folder, or the shipped one if it is that run's."""
-    folder = work / sft.name
+def find_adapter(store: Store, run: Run, work: Path) -> Path | None:
+    """The folder with a run's adapter: its own, or the shipped one if it is that run's."""
+    folder = work / run.name
     if (folder / "metrics.json").exists():
         return folder
-    shipped = CHECKPOINTS / sft.dataset / "sft"
-    record, weights = store.get(sft), shipped / "adapter_model.safetensors"
+    shipped = CHECKPOINTS / run.dataset / run.method
+    record, weights = store.get(run), shipped / "adapter_model.safetensors"
     if record and weights.is_file() and hashlib.sha256(weights.read_bytes()).hexdigest() == record["adapter_sha256"]:
         return shipped
     return None
@@ -58,7 +58,8 @@ class RunProcess:
         self.folder = work / run.name
         self.folder.mkdir(parents=True, exist_ok=True)
         restart = (self.folder / DONE).exists() and not step.alone
-        self.config = _config(store, run, work, device, restart)
+        self.config = None if run.trained else _config(store, run, work, device, restart)
+        self.made_in = work / run.trained.name if run.trained else self.folder if self.config else None
         # Kept beside the training, which may be interrupted, resume alone or be recorded by another call.
         self._jobs = self.folder.with_name(f"{self.folder.name}.jobs")
         before = 1 if restart or not self._jobs.exists() else int(self._jobs.read_text())
@@ -71,6 +72,9 @@ class RunProcess:
             "dtype": store.preset.train.get("dtype", "float32"),
             "device": device,
             "folder": str(self.folder),
+            "made_in": self.made_in and str(self.made_in),
+            "full": store.preset.train.get("finetuning") == "full",
+            "prompt_order": run_order(run, store.preset),
         }
         # What a run needs is imported once, not in every run; but no fork of a process may use a GPU.
         forks = hasattr(os, "fork") and device_type(device) == "cpu"
@@ -112,7 +116,7 @@ class RunProcess:
         if not self.step.alone:
             predicted = json.loads((self.folder / PREDICTED).read_text(encoding="utf-8"))
             predicted["settings"] |= evaluation(run, store.preset)  # the preset's model, also after full fine-tuning
-            record = make_record(self.folder if self.config else None, predicted, run)
+            record = make_record(self.made_in, predicted, run)
             if (jobs := int(self._jobs.read_text())) > 1:
                 record["jobs"] = jobs
             store.add(run, record)
@@ -126,7 +130,7 @@ def _config(store: Store, run: Run, work: Path, device: str | None, restart: boo
     if run.sft and full:
         how["model"] = str(work / run.sft.name / "model")
     elif run.sft:
-        how["sft_adapter"] = str(sft_adapter(store, run.sft, work))
+        how["sft_adapter"] = str(find_adapter(store, run.sft, work))
     config = run_config(run, store.preset, **how)
     if config is None or full:
         return config
@@ -199,16 +203,17 @@ def _evaluate(task: dict, folder: Path) -> None:
     from tkpo.evaluation import evaluate
     from tkpo.generation import OutlineGenerator
 
-    wanted = dict(task["evaluation"])
+    wanted, made_in = dict(task["evaluation"]), task["made_in"] and Path(task["made_in"])
     model, adapters = wanted.pop("model"), {}
-    if task["config"] and task["config"]["finetuning"] == "full":
-        model = str(folder / "model")
-    elif task["config"]:
-        adapters = {"adapter": adapter_folder(folder)}
+    if made_in and task["full"]:
+        model = str(made_in / "model")
+    elif made_in:
+        adapters = {"adapter": adapter_folder(made_in)}
     if task["restart"]:
         for path in folder.glob(f"{PREDICTED}*"):
             path.unlink()
-    generator = OutlineGenerator(model, adapters, task["dtype"], task["device"])
+    options = {"base_prompt_order": task["prompt_order"]}
+    generator = OutlineGenerator(model, adapters, task["dtype"], task["device"], **options)
     batch_size = BATCH.get(device_type(task["device"]), BATCH["cpu"])
-    name, source = ("adapter", str(folder)) if task["config"] else (BASE, None)
+    name, source = (next(iter(adapters), BASE), str(made_in)) if made_in else (BASE, None)
     evaluate(generator, name, folder / PREDICTED, batch_size=batch_size, adapter_source=source, **wanted)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from paper.reproduction.grid import Run, evaluation, run_config, sample_count
-from paper.reproduction.process import RunProcess, Step, device_type, sft_adapter
+from paper.reproduction.process import RunProcess, Step, device_type, find_adapter
 from paper.reproduction.store import Store
 from tkpo.data import load_records
 from tkpo.errors import TKPOError
@@ -34,7 +34,7 @@ def do_runs(store: Store, runs: list[Run], work: Path, device: str | None = None
         TKPOError: at the end, naming the logs of the runs that failed.
     """
     missing = [run for run in dict.fromkeys(runs) if not store.get(run)]
-    waiting = list(dict.fromkeys(step for run in missing for step in _with_sft(store, run, work, missing)))
+    waiting = list(dict.fromkeys(step for run in missing for step in _with_needed(store, run, work, missing)))
     if not waiting:
         print("nothing to run: every result is stored", file=sys.stderr)
         return
@@ -54,8 +54,9 @@ def do_runs(store: Store, runs: list[Run], work: Path, device: str | None = None
             while waiting or running:
                 for step in _ready(waiting, running)[: jobs - len(running)]:
                     waiting.remove(step)
-                    if step.run.sft in [other.run for other in failed]:
-                        fail(step, f"run {step.run.name} was left out: it continues {step.run.sft.name}, which failed")
+                    if step.run.needs in [other.run for other in failed]:
+                        needs = step.run.needs.name
+                        fail(step, f"run {step.run.name} was left out: it continues {needs}, which failed")
                         continue
                     try:
                         running[step] = RunProcess(store, step, work, device, jobs)
@@ -82,19 +83,20 @@ def do_runs(store: Store, runs: list[Run], work: Path, device: str | None = None
 
 
 def _ready(waiting: list[Step], running: dict[Step, object]) -> list[Step]:
-    """Those that wait for no SFT run, in order."""
+    """Those that wait for no other run's adapter, in order."""
     unfinished = {step.run for step in (*waiting, *running)}
-    return [step for step in waiting if step.run.sft not in unfinished]
+    return [step for step in waiting if step.run.needs not in unfinished]
 
 
-def _with_sft(store: Store, run: Run, work: Path, missing: list[Run]) -> list[Step]:
-    """The step of a run and, before it, that of the SFT run it needs."""
-    needs = run.sft
+def _with_needed(store: Store, run: Run, work: Path, missing: list[Run]) -> list[Step]:
+    """The step of a run and, before it, those of the runs whose adapters it needs."""
+    needs = run.needs
     if needs in missing:
-        return [Step(needs), Step(run)]
-    if needs is None or sft_adapter(store, needs, work):
+        return [*_with_needed(store, needs, work, missing), Step(run)]
+    if needs is None or find_adapter(store, needs, work):
         return [Step(run)]
-    return [Step(needs, alone=True), Step(run)]
+    before = _with_needed(store, needs, work, missing)[:-1]
+    return [*before, Step(needs, alone=True), Step(run)]
 
 
 def _cost(store: Store, step: Step) -> float:
@@ -108,5 +110,6 @@ def _cost(store: Store, step: Step) -> float:
     for record in load_records(run.dataset, run.split, lang):
         counts[record["lang"]] += 1
     outlines = sum(min(count, wanted["limit"] or count) for count in counts.values())
-    training = METHODS[run.method].cost * samples * epochs if run.method in METHODS else 0
+    trains = run.method in METHODS and not run.trained
+    training = METHODS[run.method].cost * samples * epochs if trains else 0
     return training + (not step.alone) * outlines * wanted["max_new_tokens"] * DECODING

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import pandas as pd
 
 from paper.reproduction.grid import Run
-from paper.reproduction.names import CONTENT_FREE
 from paper.reproduction.store import Store
 from tkpo.attributes import get_axis
 from tkpo.content_free import content_free
@@ -16,7 +16,7 @@ from tkpo.scores import SCORES, score_outlines
 
 OUTLINE = ["dataset", "language", "article", "style", "form"]  # together these identify an outline to be written
 COLUMNS = [*OUTLINE, "length", *SCORES]
-RENAMED = {"id": "article", "lang": "language", "attribute": "style", "axis": "dataset"}
+RENAMED = {"id": "article", "lang": "language", "attribute": "style", "axis": "dataset", "form": "form"}
 DIGITS = 4  # so that the last bits of another machine's arithmetic do not show
 MOST_ODDS = 10.0  # the classifier's features have no bounds, so that one odd outline could outweigh all others
 RANDOM_SEEDS = (0, 1, 2)  # of the drawn content-free outlines
@@ -28,6 +28,7 @@ class Scorer:
     def __init__(self, store: Store):
         self.store = store
         self._frames: dict[Run, pd.DataFrame] = {}
+        self._content_free: dict[frozenset[Run], pd.DataFrame] = {}
 
     def __call__(self, runs: list[Run]) -> dict[Run, pd.DataFrame]:
         """Run → its outlines' scores, for those of `runs` that are stored.
@@ -46,24 +47,33 @@ class Scorer:
 
     def content_free(self, runs: list[Run]) -> pd.DataFrame:
         """Scores of outlines that say nothing, in place of those of `runs`, with `method` and `seed`."""
-        records = {}
-        for run in runs:
-            for row in self.store.get(run)["predictions"]:
-                record = _record(run, row)
-                records.setdefault(tuple(record[key] for key in ("axis", "lang", "id", "attribute", "form")), record)
-        records = [records[key] for key in sorted(records)]
-        train = _training(tuple(sorted({record["axis"] for record in records})))
-        parts = []
-        for seed in RANDOM_SEEDS:
-            for method, predictions in content_free(records, train, seed).items():
-                if seed == RANDOM_SEEDS[0] or method != "numbers_only":
-                    parts.append(_score(records, predictions).assign(method=method, seed=seed))
-        assert set(CONTENT_FREE) == {part["method"].iloc[0] for part in parts}
-        return pd.concat(parts, ignore_index=True)
+        if (key := frozenset(runs)) not in self._content_free:
+            records = {}
+            for run in runs:
+                for row in self.store.get(run)["predictions"]:
+                    record = _record(run, row)
+                    records.setdefault(tuple(record[name] for name in RENAMED), record)
+            self._content_free[key] = _content_free([records[name] for name in sorted(records)])
+        return self._content_free[key]
+
+
+def _content_free(records: list[dict]) -> pd.DataFrame:
+    train = _training(tuple(sorted({record["axis"] for record in records})))
+    rows = [
+        {"record": record, "prediction": prediction, "method": method, "seed": seed}
+        for seed in RANDOM_SEEDS
+        for method, predictions in content_free(records, train, seed).items()
+        if seed == RANDOM_SEEDS[0] or method != "numbers_only"
+        for record, prediction in zip(records, predictions, strict=True)
+    ]
+    made = pd.DataFrame(rows)
+    return _score(list(made["record"]), list(made["prediction"])).assign(method=made["method"], seed=made["seed"])
 
 
 def _score(records: list[dict], predictions: list[str]) -> pd.DataFrame:
-    scored = score_outlines(records, predictions, _training(tuple(sorted({record["axis"] for record in records}))))
+    train = _training(tuple(sorted({record["axis"] for record in records})))
+    with np.errstate(divide="ignore"):  # a style that the classifier rules out
+        scored = score_outlines(records, predictions, train)
     frame = pd.DataFrame(scored).rename(columns=RENAMED)[COLUMNS]
     scores = frame[list(SCORES)].astype(float).round(DIGITS)
     known = [record["input"] is not None for record in records]

@@ -83,7 +83,7 @@ def make_record(folder: Path | None, predicted: dict, run: Run) -> dict:
         record |= {"config": None, "environment": predicted["environment"]}
     settings = {key: value for key, value in predicted["settings"].items() if key != "adapter"}
     record["evaluation"] = {**settings, "revision": predicted["environment"]["revision"]}
-    record["predictions"] = [{key: row[key] for key in PREDICTION} for row in predicted["samples"]]
+    record["predictions"] = [{key: row[key] for key in (*PREDICTION, "axis")} for row in predicted["samples"]]
     return record
 
 
