@@ -20,7 +20,9 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from paper.reproduction import grid, pages, rendering, tables
 from paper.reproduction.experiments import Experiments
+from paper.reproduction.intervals import difference, interval
 from paper.reproduction.store import Store
+from paper.reproduction.tables.questions import answers
 from tkpo.data import load_records
 from tkpo.errors import TKPOError
 
@@ -82,6 +84,11 @@ def first_line(record):
     return record["output"].split("\n")[0]
 
 
+def bare(outline):
+    """Its headings without numbers and indentation."""
+    return "\n".join(re.sub(r"^\s*[\d.]+ ", "", line) for line in outline.splitlines())
+
+
 @pytest.fixture
 def stored(tmp_path, preset):
     """Writes the records of some runs and returns their store."""
@@ -105,18 +112,6 @@ def cell(folder, number, *where, column):
         if tuple(row[: len(where)]) == where:
             return row[header.index(column)]
     raise AssertionError(f"no row {where}")
-
-
-@pytest.mark.parametrize("number", grid.TABLES)
-def test_every_cell_is_what_it_was_before_tables_became_frames(number, grids, preset):
-    """The CSV files were written by the code that grouped and averaged by hand."""
-    experiments = Experiments(Store(ROOT / "paper" / "results", preset), grids)
-    before = (ROOT / "tests" / "paper_tables_before" / f"table{number}.csv").read_text()
-    rows = [
-        list(csv.reader(text.splitlines())) for text in (rendering.csv_text(tables.TABLES[number](experiments)), before)
-    ]
-    assert sum(map(len, rows[1])) > 100
-    assert rows[0] == rows[1]
 
 
 # ---- experiments
@@ -199,17 +194,17 @@ def test_table_2_scores_the_stored_predictions(stored, grids, tmp_path):
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     records = load_records("language_style", "test", "en")[: store.preset.datasets["language_style"]["limit"]]
     for ours, theirs in (("R-1", "rouge1"), ("R-L", "rougeL")):
-        values = [100 * scorer.score(r["output"], first_line(r))[theirs].fmeasure for r in records]
-        found = cell(tmp_path, 2, "language style", "English", "TKPO", column=ours)
-        assert found == f"{statistics.mean(values):.1f}"
+        values = [100 * scorer.score(bare(r["output"]), bare(first_line(r)))[theirs].fmeasure for r in records]
+        found = cell(tmp_path, 2, "language style (pilot)", "English", "TKPO", column=ours)
+        assert found.split(" ± ")[0] == f"{statistics.mean(values):.1f}"
     for language in ("English", "Chinese"):
-        assert cell(tmp_path, 2, "level of detail", language, "SFT", column="R-2") == "100.0"
-        assert cell(tmp_path, 2, "level of detail", language, "SFT", column="valid") == "100.0"
-        assert cell(tmp_path, 2, "level of detail", language, "DPO", column="BLEU-4") == "0.0"
-        assert cell(tmp_path, 2, "language style", language, "SFT", column="seeds") == "1 of 3"
-        assert cell(tmp_path, 2, "language style", language, "ORPO", column="R-1") == "†"
+        assert cell(tmp_path, 2, "level of detail (pilot)", language, "SFT", column="R-2") == "100.0 ± 0.0"
+        assert cell(tmp_path, 2, "level of detail (pilot)", language, "SFT", column="valid") == "100.0 ± 0.0"
+        assert cell(tmp_path, 2, "level of detail (pilot)", language, "DPO", column="BLEU-4") == "0.0 ± 0.0"
+        assert cell(tmp_path, 2, "language style (pilot)", language, "SFT", column="seeds") == "1 of 3"
+        assert cell(tmp_path, 2, "language style (pilot)", language, "ORPO", column="R-1") == "†"
     text = (tmp_path / "table2.md").read_text()
-    assert "python paper/reproduce.py --run --table 2" in text and "+19.28" in text
+    assert "python paper/reproduce.py --run --table 2" in text
 
 
 def test_a_changed_prediction_changes_the_table(stored, grids, preset):
@@ -228,8 +223,9 @@ def test_seeds_give_a_mean_and_its_spread(stored, grids, preset, tmp_path):
     second = grid.Run("language_style", "tkpo", 1)
     store.add(second, record_of(second, preset, blank))
     rendering.write(tables.table2(Experiments(store, grids)), tmp_path)
-    assert cell(tmp_path, 2, "language style", "English", "TKPO", column="R-1") == "50.0 ± 70.7"
-    assert cell(tmp_path, 2, "language style", "English", "TKPO", column="seeds") == "2 of 3"
+    mean, half = cell(tmp_path, 2, "language style (pilot)", "English", "TKPO", column="R-1").split(" ± ")
+    assert mean == "50.0" and half == "50.0"  # one of two seeds is drawn twice in half of the draws
+    assert cell(tmp_path, 2, "language style (pilot)", "English", "TKPO", column="seeds") == "2 of 3"
 
 
 def test_a_table_says_what_it_lacks_until_it_lacks_nothing(stored, grids, preset):
@@ -246,19 +242,65 @@ def test_a_table_says_what_it_lacks_until_it_lacks_nothing(stored, grids, preset
     assert Experiments(store, grids).notes("table 4") == []
 
 
-def test_gains_and_verdicts_follow_the_interval(stored, grids):
-    results = Experiments(stored(tkpo=perfect, dpo=first_line, sft=perfect), grids)
-    lines = [line for line in tables.findings(results).splitlines() if line.startswith("| language style | English")]
-    against_dpo, against_sft = (line.split(" | ") for line in lines)
-    assert "R-1" in against_dpo[3] and "R-1" not in against_dpo[5]
-    assert against_sft[3] == "–" and "R-1 +0.0" in against_sft[4]
-    assert "loses" in tables.findings(results).splitlines()[0]
-    gains = tables.table2(results).blocks[1].cells.set_index(["data set", "language", "gain, %"])["R-1"]
-    gains = gains.sort_index()["language style", "English"]
-    assert gains["TKPO over SFT"] == "+0.0 [+0.0, +0.0]"
-    low, high = map(float, re.findall(r"[+-][0-9.]+", gains["TKPO over DPO"].split("[")[1]))
-    assert 0 < low <= high
-    assert gains["TKPO, tuned over DPO, tuned"] == "†"
+def test_questions_are_answered_from_differences_with_holm(stored, grids):
+    questions = [
+        grid.Question("more", ("tkpo", ""), ("dpo", ""), "rouge1"),
+        grid.Question("same", ("tkpo", ""), ("sft", ""), "rouge1"),
+        grid.Question("less", ("dpo", ""), ("sft", ""), "rouge1"),
+        grid.Question("not run", ("orpo", ""), ("sft", ""), "rouge1"),
+    ]
+    results = Experiments(stored(tkpo=perfect, dpo=first_line, sft=perfect), grids, questions=questions)
+    found = answers(results).set_index(["training", "language", "question"])
+    own = found.loc[("language_style", "en")]
+    assert own["verdict"].to_dict() == {"more": "wins", "same": "ties", "less": "loses"}
+    assert own.loc["same", "p"] == 1 and own.loc["same", "found"].mean == 0
+    more, less = own.loc["more", "found"], own.loc["less", "found"]
+    assert more.low <= more.mean <= more.high and more.mean == pytest.approx(-less.mean)
+    assert own.loc["more", "p"] >= 3 * more.p  # of six rows of the training, at least three tests remain
+    table = tables.table7(results)
+    assert any("not run" in note for note in table.notes)
+
+
+def test_a_question_must_have_its_rows(tmp_path, grids):
+    for text, part in (("a: {ours: ppo, theirs: sft, score: rouge1}", "ppo"), ("a: {ours: sft}", "theirs")):
+        (tmp_path / "questions.yaml").write_text(text)
+        with pytest.raises(TKPOError, match=part):
+            grid.load_questions(grids, tmp_path)
+    assert len(grid.load_questions(grids)) > 10
+
+
+def outlines_of(values, seeds=(0,)):
+    """A frame with one outline per article and seed."""
+    rows = [(f"a{number}", seed, value) for seed in seeds for number, value in enumerate(values)]
+    frame = pd.DataFrame(rows, columns=["article", "seed", "x"])
+    return frame.assign(dataset="d", language="en", style="s", form="article", method="tkpo")
+
+
+def test_intervals_are_those_of_the_normal_approximation_and_grow_with_whole_articles():
+    import numpy as np
+
+    values = np.random.default_rng(1).normal(50, 10, 400)
+    mean, low, high = interval(outlines_of(values), "x")
+    half = 1.96 * values.std() / 20
+    assert mean == pytest.approx(values.mean()) and (high - low) / 2 == pytest.approx(half, rel=0.1)
+    frame = outlines_of(values)
+    frame["article"] = [f"a{i // 10}" for i in range(400)]  # ten outlines each
+    frame["x"] = frame.groupby("article")["x"].transform("first")
+    _, low, high = interval(frame, "x")
+    assert (high - low) / 2 > 2 * half
+
+
+def test_differences_pair_outlines_and_seeds():
+    import numpy as np
+
+    noise = np.random.default_rng(2).normal(50, 30, 60)
+    ours, theirs = outlines_of(noise + 1, (0, 1)), outlines_of(noise, (0, 1, 2))
+    found = difference(ours, theirs, "x")
+    assert found.outlines == 120 and found.mean == pytest.approx(1)
+    assert found.low == pytest.approx(1) and found.high == pytest.approx(1) and found.p < 0.001
+    base = outlines_of(noise).assign(method="base")
+    assert difference(ours, base, "x").outlines == 120  # zero-shot stands beside every seed
+    assert difference(ours, theirs.assign(article="other"), "x") is None
 
 
 def test_a_record_made_with_other_settings_does_not_count(stored, grids, preset, caplog):
@@ -305,7 +347,7 @@ def test_tuning_chooses_on_validation_and_waits_until_all_tries_of_a_data_set_ar
     settings = {"dpo": (("beta", 0.5),), "tkpo": (("preference_weight", 0.1),)}  # beside the preset's own
     assert {(r.dataset, r.method): r.settings for r in found} == {key: settings[key[1]] for key in best}
     assert all(r.split == "test" and r.share == 1 for r in found)
-    note = next(n for n in tables.table2(Experiments(store, grids)).notes if n.startswith("*tuned*"))
+    note = next(n for n in tables.table2(Experiments(store, grids)).notes if "*tuned*" in n)
     assert "DPO on language style: beta 0.5, learning_rate 2e-05" in note
 
 
@@ -335,15 +377,15 @@ def test_an_english_preset_has_no_chinese_rows(grids, tmp_path):
 
 
 def test_the_sft_run_comes_before_the_run_that_continues_it(preset, tmp_path):
-    from paper.reproduction.runner import Step, _with_sft
+    from paper.reproduction.runner import Step, _with_needed
 
     store = Store(tmp_path, preset)
     sft, dpo = (grid.Run("language_style", method, 5) for method in ("sft", "dpo"))
-    assert _with_sft(store, dpo, tmp_path, [dpo, sft]) == [Step(sft), Step(dpo)]
-    assert _with_sft(store, dpo, tmp_path, [dpo]) == [Step(sft, alone=True), Step(dpo)]
+    assert _with_needed(store, dpo, tmp_path, [dpo, sft]) == [Step(sft), Step(dpo)]
+    assert _with_needed(store, dpo, tmp_path, [dpo]) == [Step(sft, alone=True), Step(dpo)]
     (tmp_path / sft.name).mkdir(parents=True)
     (tmp_path / sft.name / "metrics.json").write_text("{}")
-    assert _with_sft(store, dpo, tmp_path, [dpo]) == [Step(dpo)]
+    assert _with_needed(store, dpo, tmp_path, [dpo]) == [Step(dpo)]
 
 
 class Pretended:
@@ -425,15 +467,17 @@ def test_costs_of_two_machines_are_never_put_together(stored, grids, preset):
     for caption, cells in found.items():
         assert ("DPO" in set(cells["method"])) == ("another" in caption)
     every = pd.concat(found.values()).set_index(["data set", "method"])
-    assert every.loc[("language style", "DPO"), "s whole pipeline"] == "–"  # its SFT run is from the other machine
+    assert (
+        every.loc[("language style (pilot)", "DPO"), "s whole pipeline"] == "–"
+    )  # its SFT run is from the other machine
     # without validation:
-    assert float(every.loc[("language style", "TKPO"), "s to train"]) == 2.0 * 10 - 2 * 0.5
+    assert float(every.loc[("language style (pilot)", "TKPO"), "s to train"]) == 2.0 * 10 - 2 * 0.5
 
 
 def test_the_pipeline_of_dpo_has_its_sft_run_in_it(stored, grids):
     results = Experiments(stored(sft=perfect, tkpo=perfect, dpo=perfect), grids)
     block = next(b for b in tables.table3(results).blocks if b.caption.startswith("Whole"))
-    whole = block.cells.set_index(["data set", "method"])["s whole pipeline"]["language style"].astype(float)
+    whole = block.cells.set_index(["data set", "method"])["s whole pipeline"]["language style (pilot)"].astype(float)
     assert whole["DPO"] == 2 * whole["TKPO"]
 
 
@@ -485,7 +529,8 @@ def test_table_1_counts_the_files(grids, preset, tmp_path):
 
 def test_latex_is_balanced_and_escaped(stored, grids):
     text = rendering.latex(tables.table2(Experiments(stored(sft=perfect), grids)))
-    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == text.count(r"\label{tab:2") == 1
+    assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
     body = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len({line.count(" & ") for line in body if "R-1" in line or "SFT" in line}) <= 2
     assert not re.search(r"(?<!\\)[%_#]", "\n".join(body))
@@ -534,7 +579,7 @@ def test_every_table_and_figure_is_made_the_same_twice(everything):
         for n in ("figure1-en", "figure1-zh", "figure2", "figure3", "figure4")
         for e in ("png", "pdf")
     }
-    assert names == figures | {f"tables/table{n}.{e}" for n in range(1, 6) for e in ("md", "csv", "tex")} | {
+    assert names == figures | {f"tables/table{n}.{e}" for n in grid.TABLES for e in ("md", "csv", "tex")} | {
         "tables/outlines.parquet"
     }
     for name in names:
@@ -563,7 +608,7 @@ def test_the_font_has_every_chinese_character_of_the_corpus():
 
 
 def test_the_projects_own_tables_are_those_of_its_results(tmp_path):
-    done = reproduce("--table", 1, 2, 3, 4, 5, "--format", "md", "--output", tmp_path)
+    done = reproduce("--table", *grid.TABLES, "--format", "md", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     for path in (tmp_path / "tables").iterdir():
         assert path.read_bytes() == (ROOT / "paper" / "tables" / path.name).read_bytes(), (
@@ -667,7 +712,7 @@ def experiments(tmp_path_factory):
             "serves": ["table 2"],
             "methods": ["tkpo"],
             "label": "tuned",
-            "tuned_by": {"grid": "2-tuning", "score": "rouge-l"},
+            "tuned_by": {"grid": "2-tuning", "score": "rougeL_numbered"},
         },
     }.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"title": name, **common, **values}))
@@ -724,7 +769,7 @@ def test_from_nothing_to_tables_survives_being_killed(pipeline, experiments):
     rows = [row for row in rows if row[:2] == ["language style", "English"]]
     for name in ("zero-shot", "SFT", "DPO", "TKPO", "TKPO, tuned"):
         row = next(r for r in rows if r[2] == name)
-        assert row[3] == "1 of 1" and "†" not in row, row
+        assert row[3] == "1" and "†" not in row, row
     record = json.loads((pipeline.records / "dpo-seed0.json").read_text())
     assert record["continues"] == "language_style/sft-seed0" and record["training"]["samples"] == 4
     assert record["environment"]["revision"] and record["training"]["peak_memory_mib"] > 0

@@ -62,9 +62,11 @@ def latex(table: Table) -> str:
     """booktabs tables across both columns of a page, with labels and the notes beneath the last, for \\input."""
     parts, number = [], 0
     for block in table.blocks:
+        shown: list[pd.DataFrame] = []
         for rows in _floats(block):
             number += 1
-            last = block is table.blocks[-1] and rows.index[-1] == block.cells.index[-1]
+            last = block is table.blocks[-1] and len(rows) + sum(map(len, shown)) == len(block.cells)
+            shown.append(rows)
             label = f"tab:{table.number}" + (f"-{number}" if number > 1 else "")
             title = f"{table.title}. {block.caption}".rstrip(". ") + "."
             parts.append(_float(block, rows, title, label, table.notes if last else []))

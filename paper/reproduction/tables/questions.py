@@ -28,7 +28,7 @@ def answers(experiments: Experiments) -> pd.DataFrame:
                     names = {"ours": row_name(*question.ours), "theirs": row_name(*question.theirs)}
                     rows.append(row | names | {"found": found})
     columns = ["training", "language", "question", "score", "ours", "theirs", "found", "p", "verdict"]
-    frame = pd.DataFrame(rows, columns=columns)
+    frame = pd.DataFrame(rows, columns=columns).astype({"verdict": object})
     for _, own in frame.groupby("training"):
         adjusted = holm([found.p for found in own["found"]])
         frame.loc[own.index, "p"] = adjusted
