@@ -391,3 +391,14 @@ def test_shared_prefixes_evaluate_the_same(make_trainer, styles):
         found[share] = trainer.evaluate()
     for name in ("eval_cross_entropy", "eval_preference"):
         assert found[True][name] == pytest.approx(found[False][name], abs=1e-5)
+
+
+def test_more_rejects_than_the_vocabulary_are_refused_by_the_llamafactory_route_too(tiny_model):
+    from tkpo.causal_lm import patch
+    from tkpo.llamafactory import _Check
+    from tkpo.settings import TKPOSettings
+
+    model, settings = tiny_model(), TKPOSettings(num_rejects=259, sampler="no_flip")
+    patch(model, settings)
+    with pytest.raises(TKPOError, match=r"num_rejects.*259"):
+        _Check(settings).on_train_begin(None, None, None, model=model)

@@ -242,6 +242,7 @@ class _Check(TrainerCallback):
         if getattr(base, "tkpo", None) is not self.settings:
             raise TKPOError(f"LLaMA-Factory trains a {type(base).__name__}, which the patch does not cover")
         check_covered(base)
+        self.settings.check_vocabulary(base.config.get_text_config().vocab_size)
         self._announce(base)
         if not self.settings.flips:
             return

@@ -39,6 +39,7 @@ from tkpo.outputs import check_folder, read_json, share_mode, write_json
 from tkpo.pairwise import pairwise_trainer
 from tkpo.presets import DTYPES, base_model_hash, default_dtype, load_model, load_tokenizer, resolve_model
 from tkpo.run_config import RunConfig
+from tkpo.settings import TKPOSettings
 from tkpo.training import TKPOConfig, TKPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -101,8 +102,7 @@ def _check_requirements(config: RunConfig, out: Path) -> None:
         check_hub()
     if config.method == "tkpo":
         size = AutoConfig.from_pretrained(resolve_model(config.model)).get_text_config().vocab_size
-        if config.preference_weight and config.num_rejects >= size:
-            raise TKPOError(f"num_rejects (K) is {config.num_rejects}, but {config.model} has only {size} tokens")
+        TKPOSettings(config.preference_weight, num_rejects=config.num_rejects).check_vocabulary(size)
 
 
 def _found(config: RunConfig, out: Path) -> dict | None:

@@ -72,6 +72,13 @@ class TKPOSettings:
             known = ", ".join(CONTRAST_POSITIONS)
             raise TKPOError(f"unknown contrast_positions {self.contrast_positions!r}; there are: {known}")
 
+    def check_vocabulary(self, size: int) -> None:
+        """TKPOError if a vocabulary of `size` tokens has not K beside the gold one."""
+        if self.preference_weight and self.num_rejects >= size:
+            raise TKPOError(
+                f"num_rejects (K) is {self.num_rejects}, but the model's vocabulary has only {size} tokens: lower it"
+            )
+
     @property
     def flips(self) -> bool:
         """Whether a step needs the flipped prompt."""

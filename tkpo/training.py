@@ -111,7 +111,7 @@ class TKPOTrainer(Trainer):
         settings = args.settings(processing_class)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         patch(base, settings)
-        _check_vocabulary(base, settings)
+        settings.check_vocabulary(base.config.get_text_config().vocab_size)
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -240,9 +240,3 @@ def _count_sequences(batch: dict) -> int:
     if "branch_ids" in batch:
         return len(batch["branch_ids"][responses].unique())
     return int(responses.any(dim=1).sum())
-
-
-def _check_vocabulary(model, settings: TKPOSettings) -> None:
-    size = model.config.vocab_size
-    if settings.preference_weight and settings.num_rejects >= size:
-        raise TKPOError(f"num_rejects (K) is {settings.num_rejects}, but the model's vocabulary has only {size} tokens")
