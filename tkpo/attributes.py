@@ -96,7 +96,10 @@ class Axis:
     @cached_property
     def _passes(self) -> list[tuple[list[tuple[str, str, re.Pattern]], bool]]:
         """(patterns of (attribute, language, expression), whether the last hit counts) of each way to look."""
-        following, leading, anchored, loose = [], [], [], []
+        following: list[tuple[str, str, re.Pattern]] = []
+        leading: list[tuple[str, str, re.Pattern]] = []
+        anchored: list[tuple[str, str, re.Pattern]] = []
+        loose: list[tuple[str, str, re.Pattern]] = []
         for attribute in self.flip:
             for lang, words in self.phrases[attribute].items():
                 phrase = _phrase_pattern(words)

@@ -114,7 +114,7 @@ def is_chinese(character: str) -> bool:
 
 def headings_of(text: str) -> list[str]:
     """What the lines of any text say, without numbers, list marks and indentation; blank lines are left out."""
-    lines = (line[MARKS.match(line).end() :].strip() for line in text.splitlines())
+    lines = (MARKS.sub("", line, count=1).strip() for line in text.splitlines())
     return [line for line in lines if line]
 
 
