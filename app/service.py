@@ -26,6 +26,7 @@ BASE = "base"
 DATA = Path(__file__).parent.parent / "data"
 IDLE = 2.0  # seconds without a request after which the next style is read ahead
 SWEEP = 0.25  # seconds between two looks for jobs whose visitor has left
+JUDGE_SECONDS = 30.0  # that a finished outline waits for its verdict at most
 RETRY = 10.0  # seconds after a failed load before a request may start the next one
 
 
@@ -217,6 +218,7 @@ class OutlineService:
                 finished = texts.finished
                 job.publish(Update("writing", columns=columns, seconds=seconds, query=cut))
             state = "stopped" if job.should_stop() else "done"
+            self._await_judge(job)
             columns = [
                 replace(
                     column,
@@ -228,6 +230,12 @@ class OutlineService:
             return Update(state, columns=columns, seconds=time.monotonic() - began, query=cut)
 
         return self._submit(work, visitor)
+
+    def _await_judge(self, job: Job) -> None:
+        """Until outlines can be judged, or nobody waits for it: only the first visitor after a start may have to."""
+        end = time.monotonic() + JUDGE_SECONDS
+        while not self.judge.ready.wait(0.1) and time.monotonic() < end and not job.should_stop():
+            pass
 
     def _submit(self, work: Callable[[Job], Update], visitor: Visitor | None) -> Job:
         began = time.monotonic()

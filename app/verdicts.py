@@ -71,8 +71,10 @@ class Judge:
         self.ready.set()
 
     def judge(self, text: str, style: str, lang: str, article: str = "") -> Verdict:
-        """The verdict on an outline that was asked for in `style`. article: what it is of; none: a topic alone."""
-        self.ready.wait(30)  # only the first visitor after a start may have to
+        """The verdict on an outline that was asked for in `style`. article: what it is of; none: a topic alone.
+
+        Before `ready` is set it has nothing about the style.
+        """
         reads_as = probability = log_odds = None
         classifier = self._classifiers.get((self._axes[style].name, lang))
         if classifier and text:

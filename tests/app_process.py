@@ -43,8 +43,8 @@ def ask(address: str, endpoint: str, data: dict, came_from: str = "127.0.0.1", s
 
 
 @contextmanager
-def running_app(folder: Path, *options: str, model: str = "tiny"):
-    """Starts `python app/main.py` in `folder` and yields (address, process) once the model is ready."""
+def running_app(folder: Path, *options: str, model: str = "tiny", until: str = "ready"):
+    """Starts `python app/main.py` in `folder` and yields (address, process) once /health names the state `until`."""
     port = free_port()
     command = [sys.executable, str(ROOT / "app" / "main.py"), "--model", model, "--port", str(port), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(folder / "uploads")}
@@ -52,7 +52,7 @@ def running_app(folder: Path, *options: str, model: str = "tiny"):
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
         address = f"http://127.0.0.1:{port}"
         try:
-            _wait(address, process, folder / "app.log")
+            _wait(address, process, folder / "app.log", until)
             yield address, process
         finally:
             process.terminate()
@@ -63,18 +63,24 @@ def running_app(folder: Path, *options: str, model: str = "tiny"):
                 process.wait()
 
 
-def _wait(address: str, process: subprocess.Popen, log: Path, seconds: float = 300) -> None:
+def start(*options: str, seconds: float = 120) -> subprocess.CompletedProcess:
+    """`python app/main.py` with options that make it end by itself."""
+    command = [sys.executable, str(ROOT / "app" / "main.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+
+
+def _wait(address: str, process: subprocess.Popen, log: Path, until: str, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if process.poll() is not None:
             raise RuntimeError(f"the app ended with {process.returncode}:\n{log.read_text()[-3000:]}")
         try:
-            if httpx.get(f"{address}/health", timeout=10).json()["state"] == "ready":
+            if httpx.get(f"{address}/health", timeout=10).json()["state"] == until:
                 return
         except httpx.HTTPError:
             pass
         time.sleep(0.3)
-    raise RuntimeError(f"the app was not ready after {seconds} s:\n{log.read_text()[-3000:]}")
+    raise RuntimeError(f"the app was not {until} after {seconds} s:\n{log.read_text()[-3000:]}")
 
 
 def chromium() -> str | None:

@@ -10,7 +10,7 @@ import time
 import httpx
 import psutil
 import pytest
-from app_process import METHODS, ROOT, random_adapters, running_app
+from app_process import METHODS, ROOT, random_adapters, running_app, start
 
 gradio_client = pytest.importorskip("gradio_client", reason="the app's packages are not installed: install.sh app")
 from gradio_client.exceptions import AppError  # noqa: E402
@@ -249,11 +249,6 @@ def test_memory_stays_bounded_over_two_hundred_requests(app, client):
 
 
 # ---- start-up ----
-
-
-def start(*options, seconds=120):
-    command = [sys.executable, str(ROOT / "app" / "main.py"), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=seconds)
 
 
 def test_a_wrong_adapter_is_refused_at_the_start(tmp_path):
