@@ -75,7 +75,13 @@ def test_no_file_needs_large_file_storage():
 
 def test_the_image_gets_what_the_app_reads_and_no_more():
     files = context_files()
-    for needed in ("app/main.py", "app/page.css", "app/page.js", "app/examples/examples.json", "tkpo/configs/axes.yaml"):
+    for needed in (
+        "app/main.py",
+        "app/page.css",
+        "app/page.js",
+        "app/examples/examples.json",
+        "tkpo/configs/axes.yaml",
+    ):
         assert needed in files
     for axis in ("language_style", "level_of_detail"):
         assert f"data/{axis}/train.en.json" in files

@@ -48,16 +48,19 @@ WORDS = {
         "about_figure4": "Quality over training time. Left: cross-entropy on validation outlines as training goes on. "
         "Right: where each method ends; DPO's time includes the SFT run that it starts from.",
         "about_table1": "The two data sets: how many samples each style has, and how long articles and outlines are.",
-        "about_table2": "One row per method; higher is better in every column. *Control* is the share of "
-        "outlines that "
-        "read as the style asked for, *level* the share that keep its level of detail; ± is over training seeds. "
-        "In the "
-        "second part, a gain whose interval covers 0 may be chance.",
+        "about_table2": "One row per method; higher is better in every column. The first rows of each block were "
+        "written without the article: a method that is not above them says nothing of it. *Control* is the share of "
+        "outlines that read as the style asked for, *level* the share that keep its level of detail; ± is over "
+        "articles and training seeds.",
         "about_table3": "Time and memory of one training step. The columns with × divide by DPO's time: below 1 is "
         "cheaper than DPO.",
         "about_table4": "TKPO with one setting changed per row: compare each row with the first of its block.",
-        "about_table5": "The same adapters on one kind of input at a time. Each cell is ROUGE-L / control, in "
-        "per cent.",
+        "about_table5": "The same adapters on one kind of input or one style at a time, one score per row; higher is "
+        "better.",
+        "about_table6": "Whether outlines loop, repeat themselves, or hold numbers that the article has not; lower is "
+        "better for loops, new numbers and count error. R-1 num. to BLEU-4 num. count the numbering as the paper does.",
+        "about_table7": "Questions that were fixed before the runs, one score each. A row that ties says that the "
+        "results cannot tell the two methods apart.",
     },
     "zh": {
         "tab_paper": "论文",
@@ -79,12 +82,14 @@ WORDS = {
         "差别与偶然无法区分。",
         "about_figure4": "质量与训练时间。左：训练中验证集提纲的交叉熵。右：各方法的终点；DPO 的时间包含它起步的 SFT。",
         "about_table1": "两个数据集：每种风格有多少样本，文章和提纲有多长。",
-        "about_table2": "每行一个方法，各列都是越高越好。*control* 是读来像所要风格的提纲的份额，*level* 是详略符"
-        "合要求的份额；"
-        "± 来自不同训练种子。第二部分中，区间包含 0 的提升可能出于偶然。",
+        "about_table2": "每行一个方法，各列都是越高越好。每块的前几行没有读过文章：不高于它们的方法等于什么也没说。"
+        "*control* 是读来像所要风格的提纲的份额，*level* 是详略符合要求的份额；± 来自不同文章和训练种子。",
         "about_table3": "一步训练的时间和内存。带 × 的列是与 DPO 时间之比：小于 1 就比 DPO 省。",
         "about_table4": "每行改变 TKPO 的一项设置：请与各块的第一行比较。",
-        "about_table5": "同样的适配器，每次只看一类输入。每格是 ROUGE-L / control，单位是百分比。",
+        "about_table5": "同样的适配器，每次只看一类输入或一种风格，每行一项分数，越高越好。",
+        "about_table6": "提纲是否循环、重复，或含有文章里没有的数字；循环、新数字和条数误差越低越好。带 num. "
+        "的分数与论文一样，把编号也算在内。",
+        "about_table7": "运行之前定下的问题，每个只看一项分数。“ties” 表示结果分不出两个方法的高下。",
     },
 }
 
