@@ -1,6 +1,7 @@
 """Time of a training step and its memory: TKPO beside SFT, DPO, SimPO, ORPO and its plain form.
 
     python paper/benchmark.py --model qwen2.5-coder-0.5b --finetuning lora
+    python paper/benchmark.py --articles short          an article in its four styles per step, read once
     python paper/benchmark.py --loss-head
     python paper/benchmark.py --table paper/results/benchmark/*.json
 
@@ -40,8 +41,13 @@ LABELS = {
     "tkpo": "TKPO",
     "tkpo_unshared": "TKPO (passes share nothing)",
     "tkpo_plain": "TKPO (whole sequences, full softmax)",
+    "tkpo_rows": "TKPO (a row per style)",
+    "contrast": "Prompt contrast",
 }
-RIVALS = [key for key in LABELS if key != "tkpo"]
+RIVALS = [key for key in LABELS if key not in ("tkpo", "tkpo_rows", "contrast")]
+STYLES = 4  # samples of an article
+# Pairs that are timed by article: (rival, ours).
+BY_ARTICLE = [("tkpo_rows", "tkpo"), ("sft", "tkpo"), ("dpo", "tkpo"), ("dpo", "contrast"), ("dpo", "tkpo_plain")]
 FOLDER = Path(__file__).parent / "results" / "benchmark"
 MIB = 2**20
 
@@ -63,11 +69,30 @@ class Setup:
     max_length: int = 1024
     seed: int = 0
     attribute_last: bool = False
+    articles: str | None = None  # short or long: a step is one article in its four styles
+
+    def __post_init__(self):
+        if self.articles:
+            self.dataset, self.batch_size, self.attribute_last = "language_style,level_of_detail", STYLES, True
+            self.max_length = max(self.max_length, 4096)
+
+    @property
+    def axis(self) -> str:
+        return ",".join(Path(name).stem for name in self.dataset.split(","))
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples per forward pass of what shares nothing: long articles would not fit in memory together."""
+        return 1 if self.articles == "long" else self.batch_size
 
     @property
     def name(self) -> str:
-        extra = ("-bfloat16" if self.dtype == "bfloat16" else "") + ("-attribute-last" if self.attribute_last else "")
-        extra += f"-batch{self.batch_size}" if self.batch_size > 1 else ""
+        extra = "-bfloat16" if self.dtype == "bfloat16" else ""
+        if self.articles:
+            extra += f"-{self.articles}-articles"
+        else:
+            extra += "-attribute-last" if self.attribute_last else ""
+            extra += f"-batch{self.batch_size}" if self.batch_size > 1 else ""
         extra += "" if self.device == "cpu" else f"-{self.device}"
         return f"{Path(self.model).name}-{self.finetuning}{extra}"
 
@@ -150,20 +175,20 @@ def _memory(cuda: bool, reset: bool = False) -> float:
 
 def training_records(setup: Setup, pairs: bool = False) -> list[dict]:
     """The samples of warm-up and timed steps, in their order, none too long; as pairs, the same ones."""
-    from tkpo.attributes import get_axis
+    from tkpo.attributes import get_axes
     from tkpo.data import annotate, arrange, load_records, record_key, sample_order
     from tkpo.presets import load_tokenizer
 
-    axis, tokenizer = get_axis(Path(setup.dataset).stem), load_tokenizer(setup.model)
+    axes, tokenizer = get_axes(setup.axis), load_tokenizer(setup.model)
 
     def read(pairs):
         order = "article_first" if setup.attribute_last else "instruction_first"
-        loaded = annotate(load_records(setup.dataset, "train", setup.lang, pairs), axis)
-        return [arrange(record, axis, order) for record in loaded]
+        loaded = annotate(load_records(setup.dataset, "train", setup.lang, pairs), axes)
+        return [arrange(record, axes[record["axis"]], order) for record in loaded]
 
     paired = {record_key(record): record for record in read(True)}
     count, chosen = (setup.steps + setup.warmup) * setup.batch_size, []
-    for record in sorted(read(False), key=sample_order):
+    for record in _in_order(read(False), setup, sample_order):
         pair = paired.get(record_key(record))
         if pair and count_tokens(
             {**record, "output": max(pair["chosen"], pair["rejected"], key=len)}, tokenizer, setup
@@ -175,6 +200,18 @@ def training_records(setup: Setup, pairs: bool = False) -> list[dict]:
         f"{setup.dataset} has {len(chosen)} samples of at most {setup.max_length} tokens, {count} are wanted: "
         "fewer --steps"
     )
+
+
+def _in_order(records: list[dict], setup: Setup, order: Callable) -> list[dict]:
+    """By hash; by article, all styles of one after the other, articles of the length that is asked for."""
+    if not setup.articles:
+        return sorted(records, key=order)
+    whole: dict[str, list[dict]] = {}
+    for record in records:
+        if record["form"] == "article" and record["length"] == setup.articles:
+            whole.setdefault(record["id"], []).append(record)
+    articles = sorted((own for own in whole.values() if len(own) == STYLES), key=lambda own: order(own[0]))
+    return [record for own in articles for record in own]
 
 
 def count_tokens(record: dict, tokenizer, setup: Setup) -> int | None:
@@ -190,8 +227,8 @@ def _arguments(setup: Setup, folder: str) -> dict:
     return {
         "output_dir": folder,
         "num_train_epochs": 1,
-        "per_device_train_batch_size": setup.batch_size,
-        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": setup.micro_batch_size,
+        "gradient_accumulation_steps": setup.batch_size // setup.micro_batch_size,
         "gradient_checkpointing": False,
         "learning_rate": 1e-5,
         "lr_scheduler_type": "constant",
@@ -228,23 +265,30 @@ def lora_config(setup: Setup):
     return LoraConfig(r=own.lora_rank, lora_alpha=own.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _train_own(setup: Setup, turns, preference_weight: float = 0.5) -> None:
+def _train_own(setup: Setup, turns, shared: bool = True, **losses) -> None:
+    """By TKPOTrainer; shared: by article, in one row of all its styles."""
     from tkpo.training import TKPOConfig, TKPOTrainer
 
     model, tokenizer = fresh_model(setup)
     with tempfile.TemporaryDirectory() as folder:
-        args = TKPOConfig(
-            **_arguments(setup, folder),
-            axis=Path(setup.dataset).stem,
-            max_length=setup.max_length,
-            preference_weight=preference_weight,
-        )
+        arguments = _arguments(setup, folder)
+        if shared := shared and setup.articles is not None:
+            arguments |= {"per_device_train_batch_size": setup.batch_size, "gradient_accumulation_steps": 1}
+        args = TKPOConfig(**arguments, axis=setup.axis, max_length=setup.max_length, share_prefix=shared, **losses)
         own = {"processing_class": tokenizer, "peft_config": lora_config(setup), "callbacks": [turns]}
         TKPOTrainer(model, args, training_records(setup), **own).train()
 
 
 def _train_sft(setup: Setup, turns) -> None:
     _train_own(setup, turns, preference_weight=0.0)
+
+
+def _train_rows(setup: Setup, turns) -> None:
+    _train_own(setup, turns, shared=False)
+
+
+def _train_contrast(setup: Setup, turns) -> None:
+    _train_own(setup, turns, preference_weight=0.0, contrast_weight=1.0)
 
 
 def _train_unshared(setup: Setup, turns) -> None:
@@ -260,7 +304,7 @@ def _train_plain(setup: Setup, turns) -> None:
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
 
-    from tkpo.attributes import get_axis
+    from tkpo.attributes import get_axes
     from tkpo.encoding import TKPOCollator, encode_dataset
     from tkpo.flip import PromptFlipper
 
@@ -269,7 +313,7 @@ def _train_plain(setup: Setup, turns) -> None:
             return plain_step(model, inputs)
 
     model, tokenizer = fresh_model(setup)
-    flipper = PromptFlipper(tokenizer, get_axis(Path(setup.dataset).stem))
+    flipper = PromptFlipper(tokenizer, get_axes(setup.axis))
     rows = encode_dataset(training_records(setup), tokenizer, flipper, setup.max_length)
     if lora := lora_config(setup):
         model = get_peft_model(model, lora)
@@ -443,6 +487,8 @@ TRAIN: dict[str, Callable] = {
     "tkpo": _train_own,
     "tkpo_unshared": _train_unshared,
     "tkpo_plain": _train_plain,
+    "tkpo_rows": _train_rows,
+    "contrast": _train_contrast,
 }
 
 
@@ -483,9 +529,9 @@ class Process:
         self._process.join()
 
 
-def run_pair(rival: str, setup: Setup, say: Callable[[str], None] = print) -> tuple[dict, dict]:
-    """Time `rival` and TKPO in turn; returns ({error, steps: [{seconds, loss, peak_mib, extra_mib}]}) of each."""
-    processes = [Process(method, setup) for method in (rival, "tkpo")]
+def run_pair(rival: str, setup: Setup, say: Callable[[str], None] = print, ours: str = "tkpo") -> tuple[dict, dict]:
+    """Time `rival` and `ours` in turn; returns ({error, steps: [{seconds, loss, peak_mib, extra_mib}]}) of each."""
+    processes = [Process(method, setup) for method in (rival, ours)]
     steps: tuple[list, list] = ([], [])
     try:
         for process in processes:
@@ -496,15 +542,15 @@ def run_pair(rival: str, setup: Setup, say: Callable[[str], None] = print) -> tu
                 if not any(p.error for p in processes) and (numbers := processes[i].step()) and number >= setup.warmup:
                     steps[i].append(numbers)
         seconds = [f"{statistics.median(s['seconds'] for s in own):.2f} s" if own else "failed" for own in steps]
-        say(f"{LABELS[rival]}: {seconds[0]}, TKPO beside it: {seconds[1]}")
+        say(f"{LABELS[rival]}: {seconds[0]}, {LABELS[ours]} beside it: {seconds[1]}")
     finally:
         for process in processes:
             process.close()
     return tuple({"error": p.error, "steps": own} for p, own in zip(processes, steps, strict=True))
 
 
-def benchmark(setup: Setup, rivals: list[str], say: Callable[[str], None] = print) -> dict:
-    """All rivals, each in turn with TKPO; the result as it is written to JSON."""
+def benchmark(setup: Setup, pairs: list[tuple[str, str]], say: Callable[[str], None] = print) -> dict:
+    """All pairs of (rival, ours), each in turn; the result as it is written to JSON."""
     from tkpo.data import record_key
     from tkpo.presets import load_tokenizer
 
@@ -512,18 +558,20 @@ def benchmark(setup: Setup, rivals: list[str], say: Callable[[str], None] = prin
     records = training_records(setup)[setup.warmup * setup.batch_size :]
     tokenizer = load_tokenizer(setup.model)
     lengths = [count_tokens(record, tokenizer, setup) for record in records]
-    runs, own_steps, ratios, memory, failed = {}, [], {}, {}, None
-    for rival in rivals:
-        theirs, own = run_pair(rival, setup, say)
-        runs[rival] = theirs
-        own_steps += own["steps"]
-        failed = failed or own["error"]
+    runs, ratios, memory = {}, {}, {}
+    for rival, ours in pairs:
+        theirs, own = run_pair(rival, setup, say, ours)
+        for method, run in ((rival, theirs), (ours, own)):
+            known = runs.setdefault(method, {"error": None, "steps": []})
+            known["steps"] += run["steps"]
+            known["error"] = known["error"] or run["error"]
         whole = len(theirs["steps"]) == len(own["steps"]) == setup.steps
         both = list(zip(own["steps"], theirs["steps"], strict=True)) if whole else []
-        ratios[f"tkpo/{rival}"] = _median(a["seconds"] / b["seconds"] for a, b in both)
+        ratios[f"{ours}/{rival}"] = _median(a["seconds"] / b["seconds"] for a, b in both)
         peaks = [max(s["extra_mib"] for s in run["steps"]) for run in (own, theirs)] if whole else [0, 0]
-        memory[f"tkpo/{rival}"] = peaks[0] / peaks[1] if peaks[1] > 0 else None
-    runs["tkpo"] = {"error": None if own_steps else failed, "steps": own_steps}
+        memory[f"{ours}/{rival}"] = peaks[0] / peaks[1] if peaks[1] > 0 else None
+    for run in runs.values():
+        run["error"] = None if run["steps"] else run["error"]
     per_step = [sum(lengths[i : i + setup.batch_size]) for i in range(0, len(lengths), setup.batch_size)]
     return {
         "name": setup.name,
@@ -707,6 +755,11 @@ def table(result: dict) -> str:
     return "\n".join([title, "", *head, *rows])
 
 
+def by_article(setup: Setup) -> list[tuple[str, str]]:
+    """The pairs to time; whole logits of four long articles would not fit in memory."""
+    return [pair for pair in BY_ARTICLE if setup.articles == "short" or "tkpo_plain" not in pair]
+
+
 def save(result: dict, folder: Path, shown: str) -> None:
     """Write the result to `folder`, by its name, and print what is shown of it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -732,6 +785,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--batch-size", type=int, default=defaults.batch_size, help="default %(default)s")
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     p.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS, metavar="METHOD", help=", ".join(RIVALS))
+    p.add_argument("--articles", choices=("short", "long"), help="time by article: one in its four styles per step")
     p.add_argument("--output", type=Path, default=FOLDER, help="folder for the JSON; default %(default)s")
     p.add_argument("--loss-head", action="store_true", help="time the loss alone, on made-up hidden states")
     p.add_argument("--table", nargs="+", type=Path, metavar="JSON", help="print the tables of earlier results")
@@ -749,7 +803,8 @@ def main(argv: list[str] | None = None) -> int:
             shape = {"vocabulary": 151_936, "hidden": 896, "tokens": 1024, "response_tokens": 256}
             result = benchmark_head(setup, shape)
         else:
-            result = benchmark(setup, args.rivals, lambda line: print(line, file=sys.stderr, flush=True))
+            pairs = by_article(setup) if setup.articles else [(rival, "tkpo") for rival in args.rivals]
+            result = benchmark(setup, pairs, lambda line: print(line, file=sys.stderr, flush=True))
     except (TKPOError, Unavailable) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2

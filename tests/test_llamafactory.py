@@ -387,7 +387,7 @@ def test_the_patch_applies_in_every_process_of_torchrun(home):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"dataset": "faulty"}, ["training sample 3", "literary", "You are Qwen"]),
+        ({"dataset": "faulty"}, ["training sample 3", "literary", "the prompt, which ends in"]),
         ({"tkpo": {"axis": "level_of_detail"}}, ["training sample 1", "level_of_detail", "comprehensive"]),
         ({"tkpo": {"axis": "lengths"}}, ["'lengths'", "language_style"]),
         ({"tkpo": {"tau": 0.1}}, ["axis"]),
@@ -418,17 +418,6 @@ def test_wrong_input_is_refused_before_training(home, changes, parts):
         assert part in str(error.value)
     assert not list((home / "refused").glob("*.safetensors"))
     assert "tkpo" not in vars(Qwen2ForCausalLM)
-
-
-def test_a_phrase_merged_with_its_neighbours_is_refused(home, chinese_model, tmp_path):
-    axes = tmp_path / "axes.yaml"
-    axes.write_text(
-        'instruction: {en: "Outline, tone({attribute})."}\n'
-        "attributes: {formal: {en: formal}, casual: {en: casual}}\naxes: {tone: {formal: casual, casual: formal}}\n"
-    )
-    path = write_config(home, "merged", model_name_or_path=chinese_model, tkpo={"axis": "tone", "axes_file": str(axes)})
-    with pytest.raises(TKPOError, match=r"merges.*\(formal"):
-        llamafactory.train(path)
 
 
 def test_a_model_that_the_patch_does_not_cover_is_refused(home, tmp_path, tiny_folder):
