@@ -27,6 +27,15 @@ AIMS = {
     "memory: DPO (TRL)": ("memory_ratios", "tkpo/dpo", 0.60),
     "memory: plain TKPO": ("memory_ratios", "tkpo/tkpo_plain", None),
 }
+# The same where a step is an article in its four styles; an aim for short articles and one for long ones.
+ARTICLE_AIMS = {
+    "TKPO, a row per style": ("ratios", "tkpo/tkpo_rows", 0.45, 0.33),
+    "SFT, read once too": ("ratios", "tkpo/sft", 1.35, 1.20),
+    "DPO (TRL)": ("ratios", "tkpo/dpo", 0.22, 0.15),
+    "prompt contrast over DPO (TRL)": ("ratios", "contrast/dpo", 0.35, 0.35),
+    "plain TKPO over DPO (TRL)": ("ratios", "tkpo_plain/dpo", None, None),
+    "memory: TKPO, a row per style": ("memory_ratios", "tkpo/tkpo_rows", 1.0, 1.0),
+}
 HEAD_AIMS = {"time": 0.50, "memory": 0.25}
 OWN_TOPICS = (0, 6, 10)  # of results/own_topics.json, those whose outlines by TKPO are shown
 
@@ -37,7 +46,8 @@ def write(experiments: Experiments, root: Path = ROOT) -> None:
     fill(root / "README.md", sections)
     fill(root / "paper" / "README.md", {"findings": findings(experiments)})
     measured = experiments.store.folder.parent / "benchmark"
-    fill(root / "paper" / "speed.md", {"steps": steps(measured), "head": head(measured)})
+    sections = {"steps": steps(measured), "articles": articles(measured), "head": head(measured)}
+    fill(root / "paper" / "speed.md", sections)
 
 
 def fill(path: Path, sections: dict[str, str | None]) -> None:
@@ -124,12 +134,29 @@ def steps(folder: Path) -> str:
     lines = ["| TKPO's step over that of | " + " | ".join(AIMS) + " |", "| --- |" + " ---: |" * len(AIMS)]
     lines.append("| *aim* | " + " | ".join(f"≤ {aim:.2f}" if aim else "" for *_, aim in AIMS.values()) + " |")
     for bench in (_read(path) for path in sorted(folder.glob("*.json"))):
-        if "finetuning" in bench:
+        if "finetuning" in bench and not bench.get("articles"):
             what = f"`{bench['model']}`, {bench['finetuning']}, {bench['dtype']}, batch {bench['batch_size']}"
             what += ", attribute last" if bench["attribute_last"] else ""
             cells = [_reached(bench[kind].get(key), aim) for kind, key, aim in AIMS.values()]
             where = bench["machine"].get("gpu") or bench["machine"]["processor"]
             lines.append("| " + " | ".join([f"{what} ({where})", *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def articles(folder: Path) -> str:
+    """The same of benchmarks whose steps are articles, each row with its aims."""
+    lines = ["| TKPO's step over that of | " + " | ".join(ARTICLE_AIMS) + " |"]
+    lines.append("| --- |" + " ---: |" * len(ARTICLE_AIMS))
+    for place, length in enumerate(("short", "long")):
+        aims = [spec[2 + place] for spec in ARTICLE_AIMS.values()]
+        lines.append(f"| *aim, {length}* | " + " | ".join(f"≤ {aim:.2f}" if aim else "" for aim in aims) + " |")
+        for bench in (_read(path) for path in sorted(folder.glob("*.json"))):
+            if bench.get("articles") == length and "ratios" in bench:
+                specs = zip(ARTICLE_AIMS.values(), aims, strict=True)
+                cells = [_reached(bench[spec[0]].get(spec[1]), aim) for spec, aim in specs]
+                where = bench["machine"].get("gpu") or bench["machine"]["processor"]
+                what = f"`{bench['model']}`, {bench['finetuning']}, {bench['dtype']}, {length} articles ({where})"
+                lines.append("| " + " | ".join([what, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
