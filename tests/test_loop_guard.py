@@ -162,3 +162,14 @@ def test_it_bans_only_tokens_that_begin_a_word(data):
         instead = state.settle(token)
         assert instead in (token, QWEN.eos_token_id, QWEN("\n")["input_ids"][0])
         state.add(token)
+
+
+def test_no_stored_outline_has_a_numbering_fault_by_the_guard_alone():
+    """What `paper/loop_guard.py` stored is by this guard, and its counts follow from the outlines beside them."""
+    stored = json.loads((CORPUS.parents[1] / "paper" / "results" / "loop_guard.json").read_text(encoding="utf-8"))
+    valid = {name: [is_valid(row[name]["outline"]) for row in stored["outlines"]] for name in ("none", "structure")}
+    assert stored["settings"]["guard"] == LoopGuard.name and len(valid["none"]) == stored["counts"]["prompts"] == 24
+    assert all(guarded for plain, guarded in zip(valid["none"], valid["structure"], strict=True) if plain)
+    assert stored["counts"]["faults"] == {name: fine.count(False) for name, fine in valid.items()}
+    changed = sum(row["none"]["outline"] != row["structure"]["outline"] for row in stored["outlines"])
+    assert stored["counts"]["changed"] == changed > 5
