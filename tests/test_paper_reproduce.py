@@ -619,7 +619,7 @@ def test_the_projects_own_tables_are_those_of_its_results(tmp_path):
 PAGES = {
     "README.md": ("scores", "topics", "outlines"),
     "paper/README.md": ("findings",),
-    "paper/speed.md": ("steps", "head"),
+    "paper/speed.md": ("steps", "articles", "head"),
 }
 
 
@@ -631,7 +631,8 @@ def test_the_projects_own_pages_say_what_its_results_say(grids, preset, tmp_path
             text = re.sub(rf"(<!-- {section} -->\n).*?(<!-- /{section} -->)", r"\1old\n\2", text, flags=re.DOTALL)
         assert text.count("old\n<!--") == len(sections)
         (tmp_path / name).write_text(text)
-    pages.write(Experiments(Store(ROOT / "paper" / "results", preset), grids), tmp_path)
+    store, questions = Store(ROOT / "paper" / "results", preset), grid.load_questions(grids)
+    pages.write(Experiments(store, grids, questions=questions), tmp_path)
     for name in PAGES:
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), (
             f"{name} is not what the results give: run python paper/reproduce.py --all"

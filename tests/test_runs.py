@@ -597,10 +597,15 @@ sys.exit(main(["train", sys.argv[1]]))
 
 
 def test_metrics_count_the_samples_that_were_trained_on(home):
+    """Those whose article is cut too; one that cannot fit is refused, none is skipped."""
     records = json.loads((home / "samples.json").read_text())[:4]
+    records[1]["input"] += " " + "very " * 700
+    (home / "long.json").write_text(json.dumps(records))
+    assert run(config(home, "sft", "counted", dataset=str(home / "long.json"), epochs=1))["samples"] == 4
     records[1]["instruction"] += " " + "very " * 700
     (home / "long.json").write_text(json.dumps(records))
-    assert run(config(home, "sft", "counted", dataset=str(home / "long.json"), epochs=1))["samples"] == 3
+    with pytest.raises(TKPOError, match="record 2 .*A max_length of"):
+        run(config(home, "sft", "too-long", dataset=str(home / "long.json"), epochs=1))
 
 
 def test_every_file_of_a_run_has_the_same_permissions(home, finished):

@@ -63,7 +63,10 @@ def _benchmark(bench: dict) -> Block:
         what += "read it once"
     elif bench.get("attribute_last"):
         what += ", instruction after the article"
-    what += f"; ratios are medians of {bench['steps']} steps taken in turn, load before {machine['load_before']:.1f}"
+    if "load_before" in machine:
+        what += (
+            f"; ratios are medians of {bench['steps']} steps taken in turn, load before {machine['load_before']:.1f}"
+        )
     where = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
     return Block(pd.DataFrame(rows).fillna("").astype(str), 1, f"One run on one machine: {what}; {where}")
 
