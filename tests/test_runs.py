@@ -604,7 +604,7 @@ def test_metrics_count_the_samples_that_were_trained_on(home):
     assert run(config(home, "sft", "counted", dataset=str(home / "long.json"), epochs=1))["samples"] == 4
     records[1]["instruction"] += " " + "very " * 700
     (home / "long.json").write_text(json.dumps(records))
-    with pytest.raises(TKPOError, match="record 2 .*A max_length of"):
+    with pytest.raises(TKPOError, match=r"record 2 .*A max_length of"):
         run(config(home, "sft", "too-long", dataset=str(home / "long.json"), epochs=1))
 
 
