@@ -62,11 +62,11 @@ def alone(adapters):
 def test_the_api_is_named_and_documented(client):
     info = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     assert set(info) == {"/compare", "/styles", "/preferences"}
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "app-and-deploy.md").read_text(encoding="utf-8")
     for name, endpoint in info.items():
-        assert name in readme
+        assert name in page
         for parameter in endpoint["parameters"]:
-            assert f"`{parameter['parameter_name']}`" in readme, f"{name}: {parameter['parameter_name']}"
+            assert f"`{parameter['parameter_name']}`" in page, f"{name}: {parameter['parameter_name']}"
 
 
 def test_compare_streams_what_the_library_writes(client, alone):

@@ -92,7 +92,10 @@ def test_tkpo_imports_where_resource_is_absent(tmp_path):
     run(sys.executable, "-c", hidden, cwd=tmp_path, PYTHONPATH=str(ROOT))
 
 
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+
+
 def test_no_message_names_a_package_on_the_index_that_is_not_ours():
     """The name tkpo is not registered: `pip install tkpo` would bring somebody else's code."""
-    for path in [*(ROOT / "tkpo").rglob("*.py"), *(ROOT / "app").glob("*.py"), ROOT / "README.md"]:
+    for path in [*(ROOT / "tkpo").rglob("*.py"), *(ROOT / "app").glob("*.py"), *PAGES]:
         assert not re.search(r"pip install\s+(-\w+\s+)*['\"]?tkpo\b", path.read_text(encoding="utf-8")), path

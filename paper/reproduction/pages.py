@@ -42,8 +42,8 @@ OWN_TOPICS = (0, 6, 10)  # of results/own_topics.json, those whose outlines by T
 
 def write(experiments: Experiments, root: Path = ROOT) -> None:
     """Update the pages of `root` that quote results; a section whose runs are missing is left as it is."""
-    sections = {"scores": scores(experiments), "outlines": outlines(experiments), "topics": topics(experiments)}
-    fill(root / "README.md", sections)
+    fill(root / "README.md", {"scores": scores(experiments), "topics": topics(experiments)})
+    fill(root / "docs" / "results.md", {"outlines": outlines(experiments)})
     fill(root / "paper" / "README.md", {"findings": findings(experiments)})
     measured = experiments.store.folder.parent / "benchmark"
     sections = {"steps": steps(measured), "articles": articles(measured), "head": head(measured)}
