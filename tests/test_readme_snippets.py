@@ -55,7 +55,10 @@ def test_every_snippet_runs_as_written(visitor, page):
         assert done.returncode == 0, f"{page}:\n{text}\n{(done.stdout + done.stderr)[-3000:]}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))],
+)
 def test_links_lead_to_files(page):
     path = ROOT / page
     targets = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
